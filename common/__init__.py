@@ -1,0 +1,1 @@
+"""What every room needs: errors, settings, logging, metrics, Redis. Imports nothing of ours."""

@@ -1,0 +1,114 @@
+"""Settings: strict, frozen pydantic models, parsed once at the edge.
+
+Each room defines the models beside what they configure; every field has a description with its unit.
+Unknown keys are refused with the nearest known one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from penstock.common.errors import ConfigError, nearest
+
+
+class Settings(BaseModel):
+    """Base of every settings model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML (or JSON) file that holds a mapping.
+
+    Raises:
+        ConfigError: missing, unreadable, not YAML or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; give the path of a config file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ConfigError(f"{path}: not valid YAML{where}: {_one_line(str(error))}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold a mapping of settings, not {type(data).__name__}")
+    return data
+
+
+def parse(model: type[S], data: dict[str, Any], source: str) -> S:
+    """Validate settings.
+
+    Args:
+        source: where the data came from, for the message.
+
+    Raises:
+        ConfigError: one line that names the field, what is wrong and the nearest known name.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(model, error)}") from error
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    # an unknown key explains a missing one more often than the other way round
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")
+    problem = problems[0]
+    location = [str(part) for part in problem["loc"]]
+    field = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, problem["loc"][:-1])
+        hint = nearest(location[-1], known) or f" Known: {', '.join(sorted(known))}."
+        text = f"{field}: unknown setting.{hint}"
+    elif problem["type"] == "missing":
+        text = f"{field}: missing; it must be given"
+    elif problem["type"] == "value_error":
+        text = f"{field}: {problem['ctx']['error']}" if field else str(problem["ctx"]["error"])
+    else:
+        given = repr(problem.get("input"))
+        message = problem["msg"][0].lower() + problem["msg"][1:]
+        text = f"{field}: {message}, not {given if len(given) < 60 else given[:57] + '...'}"
+    more = len(problems) - 1
+    return _one_line(text) + (f" (and {more} more)" if more else "")
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Names of the settings known at a location inside a settings model."""
+    candidates: list[Any] = [model]
+    for part in location:
+        following: list[Any] = []
+        for candidate in candidates:
+            fields = getattr(candidate, "model_fields", {})
+            if part in fields:
+                following += _models_in(fields[part].annotation)
+            elif isinstance(part, str):
+                # the tag of a discriminated union, such as an architecture
+                following += [candidate] if _has_tag(candidate, part) else []
+        candidates = following or candidates
+    return {name for candidate in candidates for name in candidate.model_fields}
+
+
+def _has_tag(model: Any, tag: str) -> bool:
+    return any(tag in get_args(field.annotation) for field in model.model_fields.values())
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,218 @@
+"""The command line. Commands import what they need when they run, so that help is instant."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from penstock.common.errors import PenstockError
+
+WORKDIR = click.option("--workdir", help="Directory for everything; overrides the config's.")
+CONFIG = click.argument("config")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="penstock")
+def cli() -> None:
+    """Language-model activations into sparse autoencoders.
+
+    Most commands take CONFIG, a YAML file; `penstock config --schema` lists every setting.
+    """
+
+
+def _load(path: str, workdir: str | None = None) -> Any:
+    from penstock.common.logs import set_up_logging
+    from penstock.deploy.config import load_config
+
+    config = load_config(path, workdir)
+    set_up_logging(config.json_logs)
+    return config
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
+def run(config: str, workdir: str | None) -> None:
+    """Everything on one machine: corpus, producers, trainers, report."""
+    from penstock.deploy.supervisor import run as supervise
+
+    sys.exit(supervise(_load(config, workdir)))
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
+def corpus(config: str, workdir: str | None) -> None:
+    """Tokenise and pack the text."""
+    from penstock.deploy.processes import build_corpus
+
+    shown = -1
+
+    def progress(done: int, wanted: int | None) -> None:
+        nonlocal shown
+        if done // 1_000_000 > shown:
+            shown = done // 1_000_000
+            click.echo(f"{done:,} tokens" + (f" of {wanted:,}" if wanted else ""), err=True)
+
+    manifest = build_corpus(_load(config, workdir), progress).manifest
+    click.echo(
+        f"{manifest.n_sequences} sequences of {manifest.context} tokens, {manifest.n_held_out} held out, "
+        f"from {manifest.n_documents} documents; digest {manifest.digest[:12]}"
+    )
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
+def produce(config: str, workdir: str | None) -> None:
+    """One producer process, until the dataset is complete."""
+    from penstock.deploy.processes import produce as run_producer
+
+    run_producer(_load(config, workdir))
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
+def submit(config: str, workdir: str | None) -> None:
+    """Submit the config's runs to whichever trainers there are."""
+    from penstock.deploy.processes import submit as submit_runs
+
+    for run_id, new in submit_runs(_load(config, workdir)):
+        click.echo(f"{run_id} {'submitted' if new else 'was submitted before'}")
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
+@click.option("--drain", is_flag=True, help="Exit once every submitted run has ended.")
+def train(config: str, workdir: str | None, drain: bool) -> None:
+    """One trainer process: carries submitted runs on."""
+    from penstock.deploy.processes import train as run_trainer
+
+    run_trainer(_load(config, workdir), drain)
+
+
+@cli.command()
+@CONFIG
+@click.argument("run_url")
+@WORKDIR
+@click.option("--out", default=".", help="Directory for report.html and summary.json.")
+def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
+    """Evaluate a run on held-out text and write its report."""
+    from penstock.deploy.processes import report as make_report
+
+    def progress(done: int, total: int) -> None:
+        click.echo(f"evaluated {done} of {total} held-out sequences", err=True)
+
+    summary = make_report(_load(config, workdir), run_url, Path(out), progress)
+    for sae in summary["saes"]:
+        click.echo(
+            f"{sae['name']}: explained variance {sae['explained_variance']:.3f}, cross-entropy recovered "
+            f"{sae['ce_recovered']:.3f}, L0 {sae['l0']:.1f}, {sae['dead_features']} dead"
+        )
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(config: str, workdir: str | None, as_json: bool) -> None:
+    """Positions, and who holds what."""
+    from penstock.deploy.look import status_lines, status_record
+
+    loaded = _load(config, workdir)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(status_record(loaded), indent=1))
+        return
+    for line in status_lines(status_record(loaded)):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("url", required=False)
+@click.option("--model", help="List a model's hook points instead.")
+def inspect(url: str | None, model: str | None) -> None:
+    """Describe a dataset, corpus or run at URL."""
+    from penstock.deploy.look import describe, hook_points
+
+    if model is None and url is None:
+        raise click.UsageError("give a URL or --model NAME")
+    for line in hook_points(model) if model is not None else describe(url or ""):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("url")
+def verify(url: str) -> None:
+    """Check every byte of a dataset, corpus or run; exit code 1 if anything is wrong."""
+    from penstock.deploy.look import verify as check
+
+    faults: list[str] = []
+
+    def on_fault(fault: str) -> None:
+        faults.append(fault)
+        click.echo(fault)
+
+    what = check(url, on_fault)
+    click.echo(f"{what}: {len(faults)} faults" if faults else f"{what}: no faults")
+    sys.exit(1 if faults else 0)
+
+
+@cli.command()
+@click.argument("run_url")
+def cancel(run_url: str) -> None:
+    """End a run; its last head stays."""
+    from penstock.deploy.manage import cancel as cancel_run
+
+    click.echo(cancel_run(run_url))
+
+
+@cli.command()
+@click.argument("url")
+@click.option("--yes", is_flag=True, help="Delete; without it only what would be deleted is shown.")
+def rm(url: str, yes: bool) -> None:
+    """Remove a dataset, corpus or run. Refuses what a live run needs."""
+    from penstock.deploy.manage import remove
+
+    for line in remove(url, yes):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("path", required=False)
+@click.option("--schema", is_flag=True, help="Print every setting: type, default, unit, meaning (JSON schema).")
+def config(path: str | None, schema: bool) -> None:
+    """Check a config file, or print the schema of all settings."""
+    from penstock.deploy.config import Config, load_config
+
+    if schema:
+        import json
+
+        click.echo(json.dumps(Config.model_json_schema(), indent=1))
+    elif path is not None:
+        load_config(path)
+        click.echo(f"{path}: fine")
+    else:
+        raise click.UsageError("give a config file or --schema")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line per error, exit code 2 for what the user can change."""
+    try:
+        cli.main(args=arguments, prog_name="penstock", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except PenstockError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

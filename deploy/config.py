@@ -1,0 +1,110 @@
+"""The configuration file: one YAML file describes corpus, dataset, runs and the processes for them."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from penstock.common.errors import ConfigError
+from penstock.common.model.files import ModelSettings
+from penstock.common.redis import RedisSettings
+from penstock.common.settings import Settings, load_yaml, parse
+from penstock.producer.corpus import CorpusSettings
+from penstock.producer.plan import DatasetSettings
+from penstock.trainer.config import RunSettings
+
+
+class TrainerSettings(Settings):
+    """Where SAEs train."""
+
+    device: str = "cpu"
+    """torch device of each trainer: cpu, cuda, cuda:1, …"""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads per trainer; null leaves it to torch. Runs with `strict` always use one."""
+
+
+class MetricsSettings(Settings):
+    """Each process's own HTTP port for /metrics, /livez and /readyz."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 in containers."""
+    port: int = Field(0, ge=-1, le=65535)
+    """TCP port; 0 takes a free one (shown in the log and by status), −1 serves nothing."""
+
+
+class EvaluationSettings(Settings):
+    """The evaluation that ends a run."""
+
+    sequences: int = Field(96, ge=1)
+    """Held-out sequences used."""
+
+
+class Config(Settings):
+    """Everything. Relative paths are below `workdir`."""
+
+    workdir: str = "."
+    """Directory for everything that has no URL of its own; created if missing."""
+    model: ModelSettings = ModelSettings()
+    """The language model."""
+    corpus: CorpusSettings = CorpusSettings()
+    """The text."""
+    dataset: DatasetSettings
+    """The activations."""
+    runs_url: str = "runs"
+    """Where runs are stored: a path (relative to workdir) or s3://…"""
+    runs: list[RunSettings] = []
+    """The trainings."""
+    producers: int = Field(1, ge=0)
+    """Producer processes started by `penstock run`; one per device is best on GPUs."""
+    trainers: int = Field(1, ge=0)
+    """Trainer processes started by `penstock run`."""
+    trainer: TrainerSettings = TrainerSettings()
+    """Settings of trainer processes."""
+    redis: RedisSettings = RedisSettings()
+    """The queue."""
+    metrics: MetricsSettings = MetricsSettings()
+    """Monitoring."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Evaluation and report."""
+    json_logs: bool = False
+    """Log JSON lines instead of text."""
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.workdir)
+
+
+def load_config(path: str, workdir: str | None = None) -> Config:
+    """Read and resolve a config file.
+
+    Args:
+        workdir: overrides the file's.
+
+    Raises:
+        ConfigError: naming the file, the field and the fix.
+    """
+    data = load_yaml(Path(path))
+    if workdir is not None:
+        data["workdir"] = workdir
+    config = parse(Config, data, path)
+    names = [run.name for run in config.runs]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{path}: runs: two runs have the same name")
+    base = Path(config.workdir).expanduser().absolute()
+    return config.model_copy(
+        update={
+            "workdir": str(base),
+            "runs_url": resolve_url(base, config.runs_url),
+            "corpus": _with_url(config.corpus, base),
+            "dataset": _with_url(config.dataset, base),
+        }
+    )
+
+
+def _with_url(settings: Any, base: Path) -> Any:
+    return settings.model_copy(update={"url": resolve_url(base, settings.url)})
+
+
+def resolve_url(base: Path, url: str) -> str:
+    """A URL with a scheme as it is; a path made absolute, relative ones below `base`."""
+    return url if "://" in url else str(base / Path(url).expanduser())

@@ -1,0 +1,196 @@
+"""`status`, `inspect` and `verify`: looking without touching."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from penstock.common.errors import DataError, ObjectMissing, PenstockError, UserError
+from penstock.common.redis import RedisSettings, connect
+from penstock.deploy.config import Config
+from penstock.deploy.state import embedded_redis_url, read_state
+from penstock.store.layout import MANIFEST
+from penstock.store.objects import ObjectStore, open_store
+
+
+def status_record(config: Config) -> dict[str, Any]:
+    """Everything `status` shows, from the store and, if it answers, Redis."""
+    record: dict[str, Any] = asdict(read_state(config))
+    record["dataset_url"], record["runs_url"] = config.dataset.url, config.runs_url
+    try:
+        client = connect(_redis_settings(config))
+        record |= _from_redis(config, client, list(record["runs"]))
+    except (PenstockError, redis.RedisError) as error:
+        record["redis"] = f"down: {error}"
+    return record
+
+
+def _redis_settings(config: Config) -> RedisSettings:
+    embedded = embedded_redis_url(config.directory)
+    if config.redis.url is None and embedded:
+        return config.redis.model_copy(update={"url": embedded})
+    return config.redis
+
+
+def _from_redis(config: Config, client: redis.Redis, run_ids: list[str]) -> dict[str, Any]:
+    from penstock.store.dataset import open_dataset
+    from penstock.store.queue import ChunkQueue, Presence, RunQueue
+
+    prefix, lease = config.redis.prefix, config.redis.lease_seconds
+    runs = RunQueue(client, prefix, config.runs_url, "status", lease)
+    found: dict[str, Any] = {
+        "redis": "up",
+        "workers": Presence(client, prefix, "status").everyone(),
+        "holders": {run_id: runs.holder(run_id) for run_id in run_ids},
+        "claims": {},
+    }
+    try:
+        dataset = open_dataset(config.dataset.url)
+    except ObjectMissing:
+        return found
+    queue = ChunkQueue(client, prefix, dataset.url, dataset.manifest.digest, "status", lease)
+    return found | {"claims": queue.claims()}
+
+
+def status_lines(record: dict[str, Any]) -> Iterator[str]:
+    """`status` for people."""
+    planned = record["planned"]
+    done = "not planned yet" if planned is None else f"{record['committed']} of {planned} chunks"
+    yield f"dataset {record['dataset_url']}: {done}, {record['committed_rows']:,} rows"
+    for index, owner in sorted(record.get("claims", {}).items()):
+        yield f"  chunk {index} is being made by {owner}"
+    for run_id, run in record["runs"].items():
+        holder = record.get("holders", {}).get(run_id)
+        yield (
+            f"run {run_id}: {run['status']}, position {run['position']} of {run['n_positions']}, "
+            f"step {run['step']} of {run['total_steps']}, head {run['head']}"
+            + (f", held by {holder}" if holder else "")
+            + (f", {run['reason']}" if run["reason"] else "")
+        )
+        for name, figures in run["figures"].items():
+            shown = " ".join(f"{key} {value:.4g}" for key, value in sorted(figures.items()))
+            yield f"  {name}: {shown}"
+    for worker, word in sorted(record.get("workers", {}).items()):
+        details = ", ".join(f"{k} {v}" for k, v in word.items() if k != "figures" and v not in (None, ""))
+        yield f"worker {worker}: {details}"
+    yield f"redis: {record['redis']}"
+
+
+def kind_of(store: ObjectStore) -> str:
+    """`dataset`, `corpus` or `run`.
+
+    Raises:
+        UserError: none of them.
+    """
+    if store.exists("config.json"):
+        return "run"
+    if store.exists(MANIFEST):
+        return "corpus" if "blocks" in store.get_record(MANIFEST) else "dataset"
+    raise UserError(f"{store.url} is neither a dataset, a corpus nor a run; check the URL")
+
+
+def describe(url: str) -> Iterator[str]:
+    """What lies at a URL."""
+    store = open_store(url)
+    kind = kind_of(store)
+    yield f"{kind} {store.url}"
+    if kind == "corpus":
+        from penstock.store.corpus import open_corpus
+
+        manifest = open_corpus(url).manifest
+        yield f"  {manifest.description}, {manifest.n_documents} documents"
+        yield f"  {manifest.n_sequences} sequences of {manifest.context}, {manifest.n_held_out} held out"
+        yield f"  BOS {manifest.bos}, special ids {manifest.special_ids}, seed {manifest.seed}"
+        yield f"  digest {manifest.digest}"
+    elif kind == "dataset":
+        yield from _describe_dataset(url)
+    else:
+        yield from _describe_run(url)
+
+
+def _describe_dataset(url: str) -> Iterator[str]:
+    from penstock.store.dataset import open_dataset
+
+    dataset = open_dataset(url)
+    manifest = dataset.manifest
+    committed = dataset.committed()
+    yield f"  {len(committed)} of {manifest.n_chunks} chunks committed, {manifest.total_rows:,} rows planned"
+    yield f"  model {manifest.source.name}, weights {manifest.source.weights_sha256[:12]}"
+    for hook in manifest.hooks:
+        line = f"  {hook.name}: d_in {hook.d_in}, {2 * hook.d_in * manifest.total_rows / 1e6:,.0f} MB"
+        if committed:
+            moments = dataset.commit(min(committed)).moments[hook.name]
+            line += f", mean norm {moments.mean_norm:.3g}, largest value {moments.max_abs:.3g}"
+        yield line
+    yield f"  corpus {manifest.corpus.description}, digest {manifest.corpus.digest[:12]}"
+    yield f"  numerics {manifest.numerics.model_dump()}"
+    yield f"  digest {manifest.digest}"
+
+
+def _describe_run(url: str) -> Iterator[str]:
+    from penstock.trainer.config import load_run_config
+    from penstock.trainer.lineage import chain, newest_head
+    from penstock.trainer.load import split_run_url
+
+    runs, run_id = split_run_url(url)
+    config = load_run_config(runs, run_id)
+    yield f"  dataset {config.dataset.url}, {config.total_rows():,} rows over {config.settings.epochs} epochs"
+    head = newest_head(runs, run_id)
+    for link in reversed(chain(runs, run_id, head)):
+        reason = f", {link.reason}" if link.reason else ""
+        yield f"  head {link.n}: {link.kind}, {link.status}, position {link.position}, step {link.step}{reason}"
+    for name, stored in head.checkpoint.items() if head else ():
+        if name.startswith("sae/"):
+            yield f"  {name.removeprefix('sae/')}: weights {stored.sha256}"
+
+
+def hook_points(model: str) -> Iterator[str]:
+    """Every hook point of a model."""
+    from penstock.common.model.files import ModelSettings, find_model
+    from penstock.common.model.language_model import LanguageModel
+
+    settings = ModelSettings(name=model)
+    yield from LanguageModel(find_model(settings), settings).hook_names()
+
+
+def verify(url: str, on_fault: Callable[[str], None]) -> str:
+    """Check all objects at a URL; returns a line that says what was checked."""
+    store = open_store(url)
+    kind = kind_of(store)
+    if kind == "corpus":
+        from penstock.store.corpus import open_corpus
+
+        corpus = open_corpus(url)
+        return f"corpus {store.url}: {corpus.verify(on_fault)} blocks"
+    if kind == "dataset":
+        from penstock.store.dataset import open_dataset
+
+        dataset = open_dataset(url)
+        checked = sum(1 for _ in dataset.verify(on_fault))
+        return f"dataset {store.url}: {checked} of {dataset.n_chunks} chunks"
+    return _verify_run(url, on_fault)
+
+
+def _verify_run(url: str, on_fault: Callable[[str], None]) -> str:
+    from penstock.trainer.config import load_run_config
+    from penstock.trainer.lineage import CHECKPOINTS_KEPT, chain, load_checkpoint, newest_head
+    from penstock.trainer.load import split_run_url
+
+    runs, run_id = split_run_url(url)
+    load_run_config(runs, run_id)
+    heads = chain(runs, run_id, newest_head(runs, run_id))
+    kept: list[str] = []
+    for head in heads:
+        try:
+            if head.history:
+                runs.get_record(f"{run_id}/{head.history}")
+            folders = {str(Path(f.key).parents[1]) for f in head.checkpoint.values()}
+            # older checkpoints were collected on purpose
+            if folders and len({*kept, *folders}) <= CHECKPOINTS_KEPT:
+                load_checkpoint(runs, run_id, head)
+                kept += sorted(folders)
+        except DataError as error:
+            on_fault(str(error))
+    return f"run {runs.url}/{run_id}: {len(heads)} heads"

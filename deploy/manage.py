@@ -1,0 +1,69 @@
+"""`cancel` and `rm`: ending and removing things, never what a live run needs."""
+
+from collections.abc import Iterator
+
+from penstock.common.errors import ObjectMissing, UserError
+from penstock.deploy.look import kind_of
+from penstock.store.objects import ObjectStore, open_store
+
+
+def cancel(run_url: str) -> str:
+    """End a run with a terminal head; whoever trains it is fenced off and stops."""
+    from penstock.trainer.lineage import newest_head, take_over
+    from penstock.trainer.load import split_run_url
+
+    runs, run_id = split_run_url(run_url)
+    lineage = take_over(runs, run_id, environment={})
+    if lineage is None:
+        head = newest_head(runs, run_id)
+        return f"run {run_id} had ended already: {head.status if head else 'unknown'}"
+    head = lineage.end("cancelled", "cancelled by command")
+    return f"run {run_id} is cancelled at position {head.position}, step {head.step}"
+
+
+def remove(url: str, really: bool) -> Iterator[str]:
+    """Delete a dataset, corpus or run, or say what would be deleted.
+
+    Raises:
+        UserError: a run that has not ended needs it.
+    """
+    store = open_store(url)
+    kind = kind_of(store)
+    needed_by = list(_live_runs(store, kind))
+    if needed_by:
+        raise UserError(
+            f"{store.url} is needed by {', '.join(needed_by)}, which has not ended; cancel it first"
+        )
+    objects = list(store.list(""))
+    size = sum(size for _, size in objects)
+    if not really:
+        yield f"would delete {kind} {store.url}: {len(objects)} objects, {size / 1e6:,.1f} MB"
+        yield "nothing was deleted; add --yes to delete"
+        return
+    # what makes it visible goes first, so that an interrupted removal leaves nothing half-usable
+    first = "config.json" if kind == "run" else "manifest.json"
+    store.delete(first)
+    for key, _ in objects:
+        store.delete(key)
+    yield f"deleted {kind} {store.url}: {len(objects)} objects, {size / 1e6:,.1f} MB"
+
+
+def _live_runs(store: ObjectStore, kind: str) -> Iterator[str]:
+    from penstock.trainer.lineage import newest_head
+
+    if kind == "run":
+        base, _, run_id = store.url.rstrip("/").rpartition("/")
+        head = newest_head(open_store(base), run_id)
+        if head is None or not head.terminal:
+            yield f"run {run_id}"
+    elif kind == "dataset":
+        for key, _ in store.list("readers/"):
+            reader = store.get_record(key)
+            runs = open_store(reader["runs_url"])
+            try:
+                runs.get_record(f"{reader['run']}/config.json")
+            except ObjectMissing:
+                continue
+            head = newest_head(runs, reader["run"])
+            if head is None or not head.terminal:
+                yield f"run {reader['run']}"

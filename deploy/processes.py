@@ -1,0 +1,221 @@
+"""The processes: what `penstock corpus`, `produce`, `submit`, `train` and `report` do.
+
+Each puts the rooms' parts together, runs one loop and takes everything down again.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from penstock.common.errors import ConfigError, ModelError, ObjectMissing, UserError
+from penstock.common.health import Health, HealthServer
+from penstock.common.logs import LOGGER
+from penstock.common.process import stop_on_signals, worker_name
+from penstock.deploy.config import Config
+from penstock.store.objects import open_store
+
+
+def build_corpus(config: Config, progress: Callable[[int, int | None], None]) -> Any:
+    """Make the corpus unless it is there; returns it."""
+    from penstock.common.model.files import find_model, load_tokenizer
+    from penstock.producer.corpus import ensure_corpus
+
+    tokenizer = load_tokenizer(find_model(config.model))
+    return ensure_corpus(config.corpus, tokenizer, progress)
+
+
+def produce(config: Config) -> None:
+    """One producer: claims chunks of the dataset until it is complete or SIGTERM comes."""
+    import redis
+
+    from penstock.common.heartbeat import Heartbeat
+    from penstock.common.model.files import find_model
+    from penstock.common.redis import connect
+    from penstock.producer.loop import Sink, Work
+    from penstock.producer.loop import produce as run_loop
+    from penstock.store.dataset import DatasetWriter
+    from penstock.store.queue import ChunkQueue, Presence
+
+    stop = stop_on_signals()
+    health, worker = Health(), worker_name("producer")
+    server = HealthServer(health, config.metrics.host, config.metrics.port)
+    files = find_model(config.model)
+    client = connect(config.redis)
+    store = open_store(config.dataset.url)
+    store.probe()
+    corpus = build_corpus(config, lambda done, wanted: None)
+
+    from penstock.common.model.language_model import LanguageModel
+    from penstock.producer.plan import plan_dataset
+    from penstock.producer.source import LanguageModelSource
+
+    model = LanguageModel(files, config.model)
+    _check_tokenizer(model, corpus)
+    manifest = plan_dataset(config.dataset, corpus, model)
+    writer = DatasetWriter(store, manifest)
+    _announce_build()
+    LOGGER.info("producing %s", store.url, extra={"worker": worker, "port": server.port})
+    queue = ChunkQueue(
+        *(client, config.redis.prefix, store.url, manifest.digest, worker),
+        config.redis.lease_seconds,
+    )
+    presence = Presence(client, config.redis.prefix, worker)
+    work = Work(queue, writer, health.beat)
+    made: list[int] = []
+
+    def renew() -> None:
+        work.renew()
+        presence.tell(
+            {
+                "kind": "producer",
+                "port": server.port,
+                "dataset": store.url,
+                "chunks": len(made),
+                "making": sorted(work.held),
+                "waiting": work.waiting,
+            },
+            3 * config.redis.lease_seconds,
+        )
+
+    def committed(index: int, rows: int) -> None:
+        made.append(index)
+        heartbeat.beat()
+        LOGGER.info("chunk %d committed", index, extra={"rows": rows, "worker": worker})
+
+    heartbeat = Heartbeat(renew, config.redis.lease_seconds, health)
+    source = LanguageModelSource(manifest, corpus, model, heartbeat.beat)
+    sink = Sink(writer, work, client, queue.feeds_key, worker, committed)
+    health.ready = True
+    try:
+        run_loop(work, source, sink, stop)
+        LOGGER.info("producer finished: %d chunks made here", len(made), extra={"worker": worker})
+    finally:
+        heartbeat.close()
+        try:
+            work.release()
+            presence.leave()
+        except redis.RedisError as error:
+            LOGGER.warning("leases end by themselves; redis: %s", error)
+        writer.close()
+        server.close()
+
+
+def submit(config: Config) -> list[tuple[str, bool]]:
+    """Submit every run of the config; (run id, whether it is new) of each.
+
+    Raises:
+        UserError: the dataset does not exist yet.
+    """
+    from penstock.store.dataset import open_dataset
+    from penstock.trainer.config import submit_run
+
+    if not config.runs:
+        raise ConfigError("runs: no run is configured; add one")
+    try:
+        dataset = open_dataset(config.dataset.url)
+    except ObjectMissing as error:
+        raise UserError(
+            f"dataset.url: no dataset at {config.dataset.url} yet; start a producer first"
+        ) from error
+    runs = open_store(config.runs_url)
+    submitted = []
+    for settings in config.runs:
+        run, new = submit_run(runs, dataset, settings)
+        submitted.append((run.run_id, new))
+    return submitted
+
+
+def train(config: Config, drain: bool) -> None:
+    """One trainer: carries runs on until SIGTERM comes or, with `drain`, until none is left."""
+    from penstock.common.redis import connect
+
+    stop = stop_on_signals()
+    health, worker = Health(), worker_name("trainer")
+    server = HealthServer(health, config.metrics.host, config.metrics.port)
+    client = connect(config.redis)
+    runs = open_store(config.runs_url)
+    runs.probe()
+
+    import torch
+
+    from penstock.trainer.worker import Workplace, work
+
+    try:
+        device = torch.device(config.trainer.device)
+    except RuntimeError as error:
+        raise ConfigError(f"trainer.device: {config.trainer.device!r} is no torch device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.device: {device} is asked for, but torch sees no CUDA device")
+    place = Workplace(
+        runs=runs,
+        client=client,
+        redis=config.redis,
+        worker=worker,
+        device=device,
+        threads=config.trainer.threads,
+        port=server.port,
+    )
+    _announce_build()
+    LOGGER.info("training runs of %s", runs.url, extra={"worker": worker, "port": server.port})
+    try:
+        work(place, health, stop, drain)
+    finally:
+        server.close()
+
+
+def report(
+    config: Config, run_url: str, out: Path, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Evaluate a run on held-out text; write report.html and summary.json below `out`."""
+    from penstock.common.model.files import find_model
+    from penstock.common.model.language_model import LanguageModel
+    from penstock.store.corpus import open_corpus
+    from penstock.trainer.config import load_run_config
+    from penstock.trainer.evaluate import evaluate
+    from penstock.trainer.load import load_saes, split_run_url
+    from penstock.trainer.report import render_report
+    from penstock.trainer.summary import last_head, summarise
+    from penstock.trainer.worker import open_pinned
+
+    runs, run_id = split_run_url(run_url)
+    run = load_run_config(runs, run_id)
+    head = last_head(runs, run)
+    dataset = open_pinned(run)
+    corpus = open_corpus(config.corpus.url)
+    if corpus.manifest.digest != run.dataset.corpus_digest:
+        raise ConfigError(
+            f"corpus.url: {config.corpus.url} is not the corpus of run {run_id}; its digest differs"
+        )
+    files = find_model(config.model)
+    if files.weights_sha256() != run.dataset.weights_sha256:
+        raise ModelError(
+            f"model.name: the weights of {files.name} differ from those that run {run_id} was trained on"
+        )
+    started = time.monotonic()
+    # nothing here needs to be bit-identical: use the whole machine
+    model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
+    hook_of = {sae.name: sae.hook_name for sae in run.settings.saes}
+    saes = {name: (hook_of[name], sae) for name, sae in load_saes(runs, run, head).items()}
+    result = evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
+    seconds = time.monotonic() - started
+    summary, history = summarise(runs, run, dataset, corpus, result, seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "report.html").write_text(render_report(summary, history), encoding="utf-8")
+    return summary
+
+
+def _check_tokenizer(model: Any, corpus: Any) -> None:
+    largest = int(corpus.tokens(0, 1).max(initial=0))
+    if largest >= model.vocabulary:
+        raise ModelError(f"the corpus has token {largest}; the model knows only {model.vocabulary}")
+
+
+def _announce_build() -> None:
+    from importlib.metadata import version
+
+    from penstock.common import metrics
+
+    metrics.build_info.labels(version("penstock"), version("torch")).set(1)

@@ -1,0 +1,172 @@
+"""Live progress of `penstock run`: a small screen on a terminal, sparse lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import redis
+
+from penstock.common.errors import PenstockError
+from penstock.common.redis import EmbeddedServer
+from penstock.deploy.config import Config
+from penstock.deploy.state import State, read_state
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+LINE_SECONDS = 10.0
+"""Pause between lines when the output is not a terminal."""
+LOOK_SECONDS = 1.0
+"""Pause between looks at the store."""
+
+
+class Progress:
+    """Looks at the store and at what workers say of themselves, and shows it."""
+
+    def __init__(self, config: Config, server: EmbeddedServer | None) -> None:
+        self._config = config
+        self._client = (
+            redis.Redis.from_url(server.url, decode_responses=True, protocol=2, socket_timeout=2.0)
+            if server is not None
+            else None
+        )
+        self._started = time.monotonic()
+        self._looked = self._printed = float("-inf")
+        self._rates: dict[str, tuple[float, int]] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=2, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, traceback)
+
+    def update(self) -> None:
+        """Look again if it is time to, and show what is there."""
+        now = time.monotonic()
+        pause = LOOK_SECONDS if self._live is not None else LINE_SECONDS
+        if now - self._looked < pause:
+            return
+        self._looked = now
+        try:
+            state = read_state(self._config)
+        except PenstockError as error:
+            # a producer that finds the same thing says so and ends the run
+            print(f"progress: {error}", file=sys.stderr)
+            return
+        workers = self._workers()
+        if self._live is not None:
+            self._live.update(self._screen(state, workers))
+        else:
+            print(self._line(state, workers), flush=True)
+
+    def _workers(self) -> dict[str, dict[str, Any]]:
+        from penstock.store.queue import Presence
+
+        if self._client is None:
+            return {}
+        try:
+            return Presence(self._client, self._config.redis.prefix, "supervisor").everyone()
+        except redis.RedisError:
+            return {}
+
+    def _rate(self, name: str, done: int) -> float:
+        """Per second since this was first seen to move."""
+        now = time.monotonic()
+        at, first = self._rates.setdefault(name, (now, done))
+        return (done - first) / (now - at) if now - at > 1 else 0.0
+
+    def _harvest(self, state: State) -> str:
+        if state.planned is None:
+            return "corpus ready, loading the model" if state.corpus_sequences else "building the corpus"
+        rate = self._rate("harvest", state.committed_rows)
+        left = (state.rows - state.committed_rows) / rate if rate else None
+        if state.committed == state.planned:
+            return f"{state.committed}/{state.planned} chunks, complete"
+        return f"{state.committed}/{state.planned} chunks, {rate:,.0f} rows/s, {remaining(left)}"
+
+    def _live_runs(
+        self, state: State, workers: dict[str, dict[str, Any]]
+    ) -> dict[str, tuple[int, int, dict[str, dict[str, float]], str]]:
+        """Run -> (rows, total rows, figures, remark): workers know more than the last head."""
+        said = {w["run"]: w for w in workers.values() if w.get("run")}
+        found = {}
+        for run_id, run in state.runs.items():
+            rows, figures, remark = run.rows, run.figures, run.status
+            word = said.get(run_id)
+            if word and (word.get("rows") or -1) >= rows:
+                rows, figures = word["rows"], word.get("figures") or figures
+                if word.get("waiting_for") is not None:
+                    remark = f"waiting for chunk {word['waiting_for']}"
+            found[run_id] = (rows, run.total_rows, figures, remark)
+        return found
+
+    def _line(self, state: State, workers: dict[str, dict[str, Any]]) -> str:
+        parts = [f"{time.monotonic() - self._started:6.0f} s  harvest {self._harvest(state)}"]
+        for run_id, (rows, total, figures, remark) in self._live_runs(state, workers).items():
+            rate = self._rate(run_id, rows)
+            left = (total - rows) / rate if rate else None
+            losses = " ".join(
+                f"{name}: loss {f['loss']:.3g} L0 {f['l0']:.0f}" for name, f in figures.items()
+            )
+            parts.append(
+                f"{run_id} {rows:,}/{total:,} rows, {rate:,.0f} rows/s, {remaining(left)} ({remark}) {losses}"
+            )
+        return "  |  ".join(parts)
+
+    def _screen(self, state: State, workers: dict[str, dict[str, Any]]) -> "RenderableType":
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        stages = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        stages.add_row(
+            "harvest",
+            ProgressBar(total=state.planned or 1, completed=state.committed, width=30),
+            self._harvest(state),
+        )
+        saes = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for column in ("SAE", "loss", "L0", "explained variance", "dead"):
+            saes.add_column(column, justify="left" if column == "SAE" else "right")
+        backlog = 0
+        for run_id, (rows, total, figures, remark) in self._live_runs(state, workers).items():
+            rate = self._rate(run_id, rows)
+            left = (total - rows) / rate if rate else None
+            stages.add_row(
+                run_id,
+                ProgressBar(total=total or 1, completed=rows, width=30),
+                f"{rows:,}/{total:,} rows, {rate:,.0f} rows/s, {remaining(left)} ({remark})",
+            )
+            backlog += max(0, state.committed_rows - rows)
+            for name, f in figures.items():
+                saes.add_row(
+                    name,
+                    f"{f['loss']:.4g}",
+                    f"{f['l0']:.1f}",
+                    f"{f['explained_variance']:.3f}",
+                    f"{f['dead_features']:.0f}",
+                )
+        stages.add_row("backlog", "", f"{backlog:,} rows stored and not yet trained on")
+        return Group(stages, "", saes)
+
+
+def remaining(seconds: float | None) -> str:
+    """'3 min left', or that it is not known."""
+    if seconds is None:
+        return "time left unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"

@@ -1,0 +1,113 @@
+"""Where things stand, read from the store alone; Redis only adds who is at it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from penstock.common.errors import ObjectMissing
+from penstock.deploy.config import Config
+from penstock.store.objects import open_store
+
+CONFIG_FILE = "penstock.json"
+"""The resolved config, below the work directory, for child processes."""
+REDIS_FILE = "redis-url"
+"""The embedded server's URL while it runs, below the work directory, for status."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as its newest head has it."""
+
+    status: str
+    position: int
+    n_positions: int
+    step: int
+    total_steps: int
+    rows: int
+    total_rows: int
+    head: int | None
+    figures: dict[str, dict[str, float]]
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class State:
+    """A config's corpus, dataset and runs."""
+
+    corpus_sequences: int | None = None
+    planned: int | None = None
+    committed: int = 0
+    rows: int = 0
+    committed_rows: int = 0
+    runs: dict[str, RunState] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """The dataset is complete and every run is done."""
+        return (
+            self.planned is not None
+            and self.committed == self.planned
+            and all(run.status == "done" for run in self.runs.values())
+        )
+
+
+def read_state(config: Config) -> State:
+    """What the store says about everything in a config."""
+    from penstock.store.corpus import open_corpus
+    from penstock.store.dataset import open_dataset
+
+    try:
+        sequences: int | None = open_corpus(config.corpus.url).manifest.n_sequences
+    except ObjectMissing:
+        sequences = None
+    try:
+        dataset = open_dataset(config.dataset.url)
+    except ObjectMissing:
+        return State(corpus_sequences=sequences)
+    committed = dataset.committed()
+    rows = dataset.manifest.rows
+    runs: dict[str, RunState] = {}
+    if config.runs:
+        from penstock.trainer.config import resolve_run
+
+        for settings in config.runs:
+            run_id = resolve_run(settings, dataset).run_id
+            runs[run_id] = read_run(config.runs_url, run_id)
+    return State(
+        corpus_sequences=sequences,
+        planned=dataset.n_chunks,
+        committed=len(committed),
+        rows=sum(rows),
+        committed_rows=sum(rows[index] for index in committed),
+        runs=runs,
+    )
+
+
+def read_run(runs_url: str, run_id: str) -> RunState:
+    """One run; `not submitted` if it is not there."""
+    from penstock.trainer.config import load_run_config
+    from penstock.trainer.lineage import newest_head
+
+    runs = open_store(runs_url)
+    try:
+        config = load_run_config(runs, run_id)
+    except ObjectMissing:
+        return RunState("not submitted", 0, 0, 0, 0, 0, 0, None, {}, None)
+    head = newest_head(runs, run_id)
+    return RunState(
+        status="pending" if head is None else head.status,
+        position=head.position if head else 0,
+        n_positions=config.order.n_positions,
+        step=head.step if head else 0,
+        total_steps=config.total_steps(),
+        rows=head.rows if head else 0,
+        total_rows=config.total_rows(),
+        head=head.n if head else None,
+        figures=head.metrics if head else {},
+        reason=head.reason if head else None,
+    )
+
+
+def embedded_redis_url(directory: Path) -> str | None:
+    """The embedded server's URL, if one is running for this work directory."""
+    file = directory / REDIS_FILE
+    return file.read_text().strip() if file.is_file() else None

@@ -1,0 +1,1 @@
+"""Producers: text to tokens to activations to committed chunks."""

@@ -1,0 +1,154 @@
+"""From settings, corpus and model to the manifest: every number a dataset depends on."""
+
+import platform
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from penstock.common.errors import ConfigError
+from penstock.common.model.language_model import LanguageModel
+from penstock.common.settings import Settings
+from penstock.store.corpus import Corpus
+from penstock.store.layout import FORMAT_VERSION
+from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
+from penstock.store.objects import MAX_CREATE_BYTES
+
+TARGET_OBJECT_BYTES = 32 * 1024 * 1024
+"""Chunks are sized so that the largest object stays below this."""
+
+
+class DatasetSettings(Settings):
+    """Which activations are stored, and how."""
+
+    url: str = "dataset"
+    """Where the dataset is stored: a path (relative to workdir) or s3://…"""
+    hooks: list[str] = Field(min_length=1)
+    """Hook points, TransformerLens names; all captured in one forward pass."""
+    max_rows: int | None = Field(None, ge=1)
+    """Plan about this many rows at least; null uses the whole corpus."""
+    sequences_per_chunk: int | None = Field(None, ge=1)
+    """Sequences in one chunk; null chooses so that the largest object is at most 32 MiB."""
+    sequences_per_forward: int = Field(16, ge=1)
+    """Sequences in one forward pass. Bits depend on it."""
+    drop_special: bool = True
+    """Leave out rows of special tokens: BOS, end of text, padding."""
+    seed: int = 0
+    """Seed of the order of rows inside each chunk."""
+    codec: Literal["bytes+crc32c"] = "bytes+crc32c"
+    """How chunks are encoded."""
+    allow_mixed: bool = False
+    """Accept producers whose numerics (device, torch, threads) differ; bits may then differ."""
+
+
+def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel) -> Manifest:
+    """Resolve settings to a manifest.
+
+    Raises:
+        ConfigError: the corpus does not fit the model, or a chunk would be too large.
+        ModelError: a hook point does not exist.
+    """
+    if corpus.manifest.context > model.context:
+        raise ConfigError(
+            f"corpus.context: {corpus.manifest.context} tokens, but {model.files.name} reads at most "
+            f"{model.context}"
+        )
+    widths = model.widths(settings.hooks)
+    if len(set(settings.hooks)) != len(settings.hooks):
+        raise ConfigError("dataset.hooks: a hook is listed twice")
+    sequences = settings.sequences_per_chunk or _sequences_per_chunk(
+        corpus.manifest.context, max(widths.values())
+    )
+    rows = _rows(settings, corpus, sequences)
+    largest = sequences * corpus.manifest.context * 2 * max(widths.values())
+    if largest >= MAX_CREATE_BYTES - 1024:
+        raise ConfigError(
+            f"dataset.sequences_per_chunk: {sequences} makes objects of {largest / 2**20:.0f} MiB; "
+            "they must stay under 64 MiB"
+        )
+    n_sequences = min(len(rows) * sequences, corpus.manifest.n_sequences)
+    lead = 1 if settings.drop_special and corpus.manifest.bos == "prepend" else 0
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        corpus=CorpusPin(
+            digest=corpus.manifest.digest,
+            description=corpus.manifest.description,
+            n_sequences=n_sequences,
+            context=corpus.manifest.context,
+            tokenizer_sha256=corpus.manifest.tokenizer_sha256,
+            special_ids=corpus.manifest.special_ids,
+            bos=corpus.manifest.bos,
+            held_out_rule=corpus.manifest.held_out_rule,
+        ),
+        source=SourcePin(
+            kind="language-model",
+            name=model.files.label,
+            revision=model.files.revision,
+            weights_sha256=model.files.weights_sha256(),
+            drop_special=settings.drop_special,
+        ),
+        numerics=numerics(model, settings),
+        hooks=[HookSpec(name=name, d_in=widths[name]) for name in settings.hooks],
+        sequences_per_chunk=sequences,
+        rows_per_chunk=sequences * (corpus.manifest.context - lead),
+        rows=rows,
+        seed=settings.seed,
+        codec=settings.codec,
+    )
+
+
+def numerics(model: LanguageModel, settings: DatasetSettings) -> Numerics:
+    """What the bits of this process's activations depend on."""
+    return Numerics(
+        device=device_kind(model.device),
+        torch=torch.__version__,
+        threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
+        compute_dtype=str(model.dtype).removeprefix("torch."),
+        attention=model.name_of_attention,
+        sequences_per_forward=settings.sequences_per_forward,
+        allow_mixed=settings.allow_mixed,
+    )
+
+
+def device_kind(device: torch.device) -> str:
+    """The kind of hardware: another instruction set or card gives other bits."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {platform.machine()} {_cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpu_vendor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("vendor_id"):
+                return line.split(":")[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _sequences_per_chunk(context: int, widest: int) -> int:
+    """The largest power of two whose widest object stays within the target."""
+    sequences = 1
+    while 2 * sequences * context * widest * 2 <= TARGET_OBJECT_BYTES:
+        sequences *= 2
+    return sequences
+
+
+def _rows(settings: DatasetSettings, corpus: Corpus, sequences: int) -> list[int]:
+    """Rows of each chunk: tokens less those dropped."""
+    total = corpus.manifest.n_sequences
+    kept = np.full(total, corpus.manifest.context, np.int64)
+    if settings.drop_special:
+        kept -= corpus.special_counts(0, total)
+    rows = [int(kept[i : i + sequences].sum()) for i in range(0, total, sequences)]
+    if settings.max_rows is None:
+        return rows
+    enough = int(np.searchsorted(np.cumsum(rows), settings.max_rows)) + 1
+    if enough > len(rows):
+        raise ConfigError(
+            f"dataset.max_rows: {settings.max_rows} rows are asked for, but the corpus gives "
+            f"{sum(rows)}; add text, raise corpus.max_tokens or lower dataset.max_rows"
+        )
+    return rows[:enough]

@@ -1,0 +1,217 @@
+"""A corpus as stored: packed token sequences, permuted once, in checksummed blocks.
+
+    <corpus url>/manifest.json       written last; its digest stands for the whole corpus
+    <corpus url>/documents.json      the documents' names
+    <corpus url>/corpus.zarr/        for each of train/ and held_out/:
+        tokens    int32 [n_sequences, context]
+        document  int32 [n_sequences, context]   index into documents.json; −1 for a sequence's BOS
+        special   int32 [n_sequences]            special tokens in each sequence
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from penstock.common.errors import DamagedObject, DataError, PlanMismatch
+from penstock.store.arrays import ArraySpec, create_arrays, decode_payload, encode_payload
+from penstock.store.layout import CORPUS_ARRAYS, DOCUMENTS, FORMAT_VERSION, MANIFEST
+from penstock.store.manifest import check_format, describe_difference
+from penstock.store.objects import ObjectStore, open_store
+from penstock.store.records import crc32c, encode_record
+
+BLOCK_SEQUENCES = 1024
+"""Sequences in one block: one Zarr chunk per array."""
+
+TRAIN, HELD_OUT = "train", "held_out"
+
+
+class CorpusManifest(BaseModel):
+    """What a corpus is. `blocks[array]` holds the crc32c of each of the array's stored blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format_version: int
+    description: str
+    tokenizer_sha256: str
+    special_ids: list[int]
+    bos: str
+    context: int
+    seed: int
+    held_out_rule: str
+    max_tokens: int | None
+    max_held_out_tokens: int | None
+    n_sequences: int
+    n_held_out: int
+    n_documents: int
+    block_sequences: int
+    blocks: dict[str, list[int]]
+    documents_crc32c: int
+
+    def encode(self) -> bytes:
+        return encode_record(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest's bytes, hexadecimal."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Packed sequences of one split: tokens and document [n, context], special [n], all int32."""
+
+    tokens: npt.NDArray[np.int32]
+    document: npt.NDArray[np.int32]
+    special: npt.NDArray[np.int32]
+
+
+class Corpus:
+    """Read access to a stored corpus."""
+
+    def __init__(self, store: ObjectStore, manifest: CorpusManifest) -> None:
+        self.store = store
+        self.manifest = manifest
+
+    def tokens(self, start: int, stop: int, split: str = TRAIN) -> npt.NDArray[np.int32]:
+        """[stop − start, context] token ids of consecutive sequences, checked."""
+        return self._read(split, "tokens", start, stop)
+
+    def special_counts(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """[stop − start] special tokens in each training sequence."""
+        return self._read(TRAIN, "special", start, stop)
+
+    def n_sequences(self, split: str) -> int:
+        return self.manifest.n_sequences if split == TRAIN else self.manifest.n_held_out
+
+    def documents(self) -> list[str]:
+        """The documents' names; `document` arrays index into it."""
+        record = self.store.get_record(DOCUMENTS)
+        return list(record["paths"])
+
+    def verify(self, on_fault: Callable[[str], None]) -> int:
+        """Check every block; returns how many objects were read."""
+        checked = 0
+        for spec in _arrays(self.manifest):
+            for block in range(len(self.manifest.blocks[spec.path])):
+                try:
+                    self._block(spec, block)
+                except DataError as error:
+                    on_fault(str(error))
+                checked += 1
+        return checked
+
+    def _read(self, split: str, name: str, start: int, stop: int) -> npt.NDArray[np.int32]:
+        if not 0 <= start <= stop <= self.n_sequences(split):
+            raise ValueError(f"sequences {start}…{stop} of {self.n_sequences(split)} {split} ones")
+        spec = next(s for s in _arrays(self.manifest) if s.path == f"{split}/{name}")
+        size = self.manifest.block_sequences
+        parts = []
+        for block in range(start // size, -(-stop // size)):
+            rows = self._block(spec, block)
+            parts.append(rows[max(0, start - block * size) : stop - block * size])
+        return np.concatenate(parts) if parts else np.zeros((0, *spec.shape[1:]), np.int32)
+
+    def _block(self, spec: ArraySpec, block: int) -> npt.NDArray[np.int32]:
+        key = spec.key(CORPUS_ARRAYS, block)
+        data = self.store.get(key)
+        if crc32c(data) != self.manifest.blocks[spec.path][block]:
+            raise DamagedObject(f"{self.store.url}/{key} is damaged: build the corpus again")
+        return decode_payload(data, spec.dtype, spec.chunk_shape, key).view(np.int32)
+
+
+def open_corpus(url: str) -> Corpus:
+    """Open a corpus read-only.
+
+    Raises:
+        ObjectMissing: there is none, or it is not complete.
+        DamagedObject: its manifest is damaged.
+    """
+    store = open_store(url)
+    record = store.get_record(MANIFEST)
+    check_format(record, f"{store.url}/{MANIFEST}")
+    try:
+        return Corpus(store, CorpusManifest.model_validate(record))
+    except ValidationError as error:
+        raise DamagedObject(f"{store.url}/{MANIFEST} is not a corpus manifest") from error
+
+
+def write_corpus(
+    store: ObjectStore,
+    plan: dict[str, object],
+    splits: dict[str, PackedText],
+    documents: list[str],
+) -> CorpusManifest:
+    """Store a packed corpus; the manifest comes last and makes it visible.
+
+    Args:
+        plan: the manifest's descriptive fields.
+        splits: `train` and `held_out`.
+        documents: names of the documents that `document` arrays index.
+
+    Raises:
+        PlanMismatch: the URL holds another corpus.
+    """
+    blocks: dict[str, list[int]] = {}
+    names = encode_record({"format_version": FORMAT_VERSION, "paths": documents})
+    payloads: list[tuple[str, bytes]] = [(DOCUMENTS, names)]
+    specs = []
+    for split, packed in splits.items():
+        for name in ("tokens", "document", "special"):
+            array = getattr(packed, name)
+            spec = _array(f"{split}/{name}", array.shape)
+            specs.append(spec)
+            blocks[spec.path] = []
+            for start in range(0, len(array), BLOCK_SEQUENCES):
+                block = np.zeros(spec.chunk_shape, np.int32)
+                part = array[start : start + BLOCK_SEQUENCES]
+                block[: len(part)] = part
+                data = encode_payload(block)
+                payloads.append((spec.key(CORPUS_ARRAYS, start // BLOCK_SEQUENCES), data))
+                blocks[spec.path].append(crc32c(data))
+    manifest = CorpusManifest.model_validate(
+        plan
+        | {
+            "format_version": FORMAT_VERSION,
+            "n_sequences": len(splits[TRAIN].tokens),
+            "n_held_out": len(splits[HELD_OUT].tokens),
+            "n_documents": len(documents),
+            "block_sequences": BLOCK_SEQUENCES,
+            "blocks": blocks,
+            "documents_crc32c": crc32c(names),
+        }
+    )
+    create_arrays(store, CORPUS_ARRAYS, specs)
+    for key, data in payloads:
+        if not store.create(key, data) and store.get(key) != data:
+            raise PlanMismatch(
+                f"{store.url} holds parts of another corpus ({key}); remove it or choose another url"
+            )
+    if not store.create(MANIFEST, manifest.encode()):
+        there = open_corpus(store.url).manifest
+        if there != manifest:
+            raise PlanMismatch(
+                f"{store.url} holds another corpus: {describe_difference(there, manifest)}; "
+                "choose another corpus url"
+            )
+    return manifest
+
+
+def _array(path: str, shape: tuple[int, ...]) -> ArraySpec:
+    names = ("sequence", "position") if len(shape) == 2 else ("sequence",)
+    split = path.split("/")[0]
+    dimension_names = (f"{split}_{names[0]}", *names[1:])
+    return ArraySpec(path, shape, BLOCK_SEQUENCES, np.dtype(np.int32), dimension_names)
+
+
+def _arrays(manifest: CorpusManifest) -> list[ArraySpec]:
+    counts = {TRAIN: manifest.n_sequences, HELD_OUT: manifest.n_held_out}
+    specs = []
+    for split, n in counts.items():
+        specs.append(_array(f"{split}/tokens", (n, manifest.context)))
+        specs.append(_array(f"{split}/document", (n, manifest.context)))
+        specs.append(_array(f"{split}/special", (n,)))
+    return specs

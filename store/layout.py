@@ -1,0 +1,48 @@
+"""Keys of all objects, in one place. docs/protocol.md is the normative description."""
+
+FORMAT_VERSION = 1
+"""Format of datasets, corpora and runs written by this version."""
+
+MANIFEST = "manifest.json"
+ARRAYS = "activations.zarr"
+CORPUS_ARRAYS = "corpus.zarr"
+DOCUMENTS = "documents.json"
+TOKENS, SEQUENCE, POSITION = "tokens", "sequence", "position"
+
+
+def acts_array(hook_name: str) -> str:
+    """Path of a hook point's array inside the Zarr group."""
+    return f"acts/{hook_name}"
+
+
+def chunk_key(group: str, array: str, index: int, ndim: int) -> str:
+    """Zarr v3 default chunk key of the chunk that holds rows [index·R, (index+1)·R) of an array."""
+    return f"{group}/{array}/c/{index}" + "/0" * (ndim - 1)
+
+
+def commit_key(index: int) -> str:
+    return f"commits/{index // 1000}/{index}.json"
+
+
+def provenance_key(index: int, writer: str) -> str:
+    return f"provenance/{index}-{writer}.json"
+
+
+def reader_key(run_id: str) -> str:
+    return f"readers/{run_id}.json"
+
+
+def config_key(run_id: str) -> str:
+    return f"{run_id}/config.json"
+
+
+def head_key(run_id: str, n: int) -> str:
+    return f"{run_id}/heads/{n}.json"
+
+
+def history_key(run_id: str, n: int, writer: str) -> str:
+    return f"{run_id}/history/{n}-{writer}.json"
+
+
+def checkpoint_prefix(run_id: str, n: int, writer: str) -> str:
+    return f"{run_id}/checkpoints/{n}-{writer}/"

@@ -1,0 +1,193 @@
+"""Windows of rows, read ahead of their use.
+
+A background thread waits for each position's chunk, reads and checks it, and lays the window's rows out
+in one tensor per hook; the consumer gathers shuffled batches from it. At most one finished window waits
+while another is used and a third is read.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.common.errors import DamagedObject, ObjectMissing
+from penstock.store.dataset import Chunk, Dataset
+from penstock.store.order import ReadingOrder, Window, batch_bounds
+
+READ_THREADS = 4
+"""Chunks read at the same time."""
+
+
+@dataclass(frozen=True)
+class LoadedWindow:
+    """A window's rows in position order: per hook [n_rows, d_in] bfloat16, on the CPU."""
+
+    window: Window
+    acts: dict[str, Tensor]
+    n_rows: int
+    row_order: Tensor
+
+    def batches(
+        self, batch_rows: int, device: torch.device | str = "cpu"
+    ) -> Iterator[dict[str, Tensor]]:
+        """Shuffled batches {hook: [≤ batch_rows, d_in] bfloat16} on `device`; no row is left out.
+
+        Copies to CUDA are pinned and asynchronous, one batch ahead of the computation.
+        """
+        pin = torch.device(device).type == "cuda"
+        ahead: dict[str, Tensor] | None = None
+        for start, stop in batch_bounds(self.n_rows, batch_rows):
+            rows = self.row_order[start:stop]
+            batch = {}
+            for hook, acts in self.acts.items():
+                # 16-bit integers gather faster than bfloat16, and the bits are the same
+                gathered = acts.view(torch.int16).index_select(0, rows).view(torch.bfloat16)
+                if pin:
+                    gathered = gathered.pin_memory().to(device, non_blocking=True)
+                batch[hook] = gathered
+            if ahead is not None:
+                yield ahead
+            ahead = batch
+        if ahead is not None:
+            yield ahead
+
+
+class WindowLoader:
+    """Reads windows of a dataset in a run's order, in the background.
+
+    Args:
+        await_chunk: called with (position, chunk index) before each read; blocks until the chunk is
+            committed. It must return or raise soon after `close` sets `stop`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        hooks: Sequence[str],
+        order: ReadingOrder,
+        first_window: int,
+        await_chunk: Callable[[int, int], None],
+    ) -> None:
+        self._dataset = dataset
+        self._hooks = list(dict.fromkeys(hooks))
+        self._order = order
+        self._await_chunk = await_chunk
+        self.stop = threading.Event()
+        self._ready: queue.Queue[LoadedWindow | BaseException] = queue.Queue(maxsize=1)
+        self._thread = threading.Thread(
+            target=self._run, args=(first_window,), name="loader", daemon=True
+        )
+        self._thread.start()
+
+    def get(self, timeout: float) -> LoadedWindow | None:
+        """The next window, or None if it is not there within `timeout` seconds.
+
+        Raises whatever stopped the reading.
+        """
+        try:
+            item = self._ready.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.stop.set()
+        self._thread.join()
+
+    def _run(self, first_window: int) -> None:
+        try:
+            with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read") as pool:
+                for number in range(first_window, self._order.n_windows):
+                    if self.stop.is_set():
+                        return
+                    self._offer(self._load(pool, self._order.window(number)))
+        except BaseException as error:  # handed to the consumer, who raises it
+            self._offer(error)
+
+    def _offer(self, item: LoadedWindow | BaseException) -> None:
+        while not self.stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _load(self, pool: ThreadPoolExecutor, window: Window) -> LoadedWindow:
+        pending = []
+        for position in range(window.start, window.stop):
+            chunk = self._order.chunk_at(position)
+            self._await_chunk(position, chunk)
+            pending.append(pool.submit(self._read, chunk))
+        chunks = [future.result() for future in pending]
+        n_rows = sum(chunk.rows for chunk in chunks)
+        acts = {hook: _concatenate([chunk.acts[hook] for chunk in chunks]) for hook in self._hooks}
+        return LoadedWindow(
+            window, acts, n_rows, torch.from_numpy(self._order.row_order(window, n_rows))
+        )
+
+    def _read(self, index: int) -> Chunk:
+        try:
+            return self._dataset.read_chunk(index, self._hooks)
+        except (DamagedObject, ObjectMissing):
+            # once more: the fault may lie in the transfer and not in what is stored
+            return self._dataset.read_chunk(index, self._hooks)
+
+
+class Batches:
+    """An iterator over a dataset's shuffled batches; closing it stops the reading ahead."""
+
+    def __init__(self, loader: WindowLoader, n_windows: int, batch_rows: int) -> None:
+        self._loader = loader
+        self._iterator = self._iterate(n_windows, batch_rows)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        self._iterator.close()
+        self._loader.close()
+
+    def _iterate(self, n_windows: int, batch_rows: int) -> Iterator[dict[str, Tensor]]:
+        try:
+            for _ in range(n_windows):
+                loaded = None
+                while loaded is None:
+                    loaded = self._loader.get(timeout=1.0)
+                yield from loaded.batches(batch_rows)
+        finally:
+            self._loader.close()
+
+
+def dataset_batches(
+    dataset: Dataset,
+    hooks: Sequence[str],
+    batch_rows: int,
+    window_chunks: int,
+    epochs: int,
+    seed: int,
+) -> Batches:
+    """See `Dataset.batches`."""
+    for hook in hooks:
+        dataset.manifest.d_in(hook)
+    order = ReadingOrder(dataset.n_chunks, epochs, window_chunks, seed)
+    loader = WindowLoader(dataset, hooks, order, 0, await_chunk=lambda position, chunk: None)
+    return Batches(loader, order.n_windows, batch_rows)
+
+
+def _concatenate(parts: Sequence[np.ndarray]) -> Tensor:  # type: ignore[type-arg]
+    out = torch.empty((sum(map(len, parts)), parts[0].shape[1]), dtype=torch.bfloat16)
+    plain = out.view(torch.int16).numpy()
+    at = 0
+    for part in parts:
+        plain[at : at + len(part)] = part.view(np.int16)
+        at += len(part)
+    return out

@@ -1,0 +1,112 @@
+"""The object store contract. One primitive carries every guarantee: `create`.
+
+`create(key, data)` makes an object that did not exist, atomically and whole, or says that it exists.
+Datasets, commits and heads are built on nothing else. Keys are relative POSIX paths below the
+store's URL.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from penstock.common.errors import DamagedObject, StoreError
+from penstock.store.records import Record, decode_record, encode_record
+
+MAX_CREATE_BYTES = 64 * 1024 * 1024
+"""Larger objects become multipart uploads on S3, whose condition some servers ignore."""
+
+
+class ObjectStore(ABC):
+    """Objects below one URL. Safe to use from several threads."""
+
+    url: str
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Make an object exclusively.
+
+        Returns:
+            True if this call made it, False if an object of that key exists (nothing was changed).
+
+        Raises:
+            StoreError: the store cannot be written.
+            ValueError: `data` is 64 MiB or larger.
+        """
+        if len(data) >= MAX_CREATE_BYTES:
+            raise ValueError(f"{key}: {len(data)} bytes is too large to create exclusively")
+        return self._create(key, data)
+
+    @abstractmethod
+    def _create(self, key: str, data: bytes) -> bool: ...
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, replacing what was there. Never conditional."""
+
+    @abstractmethod
+    def get(self, key: str) -> bytes:
+        """Read an object.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+
+    @abstractmethod
+    def exists(self, key: str) -> bool: ...
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(key, size) of all objects below a prefix that ends in '/' (or ''), in no promised order.
+
+        A listing is a hint: settle it with `get` or `exists`.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; it is no error if it is not there."""
+
+    @abstractmethod
+    def probe(self) -> None:
+        """Check that the store can be written and honours exclusive create; leaves nothing behind.
+
+        Raises:
+            StoreError: it does not; the message says why.
+        """
+
+    def create_record(self, key: str, record: Record) -> bool:
+        """`create` for a JSON record."""
+        return self.create(key, encode_record(record))
+
+    def get_record(self, key: str) -> Record:
+        """Read and check a JSON record.
+
+        Raises:
+            ObjectMissing, DamagedObject
+        """
+        return decode_record(self.get(key), f"{self.url}/{key}")
+
+    def create_same(self, key: str, data: bytes) -> None:
+        """Make an object that can only have one content.
+
+        Raises:
+            DamagedObject: another content is there.
+        """
+        if not self.create(key, data) and self.get(key) != data:
+            raise DamagedObject(f"{self.url}/{key} exists with other content than it must have")
+
+
+def open_store(url: str) -> ObjectStore:
+    """The store at a URL: a local path, `file://` or `s3://bucket/prefix`.
+
+    Raises:
+        StoreError: the URL's scheme has no backend here.
+    """
+    scheme = urlsplit(url).scheme if "://" in url else "file"
+    if scheme == "file":
+        from penstock.store.local import LocalStore
+
+        return LocalStore(url.removeprefix("file://"))
+    if scheme == "s3":
+        from penstock.store.s3 import S3Store
+
+        return S3Store(url)
+    raise StoreError(f"{url}: no object store for {scheme}:// (use a path, file:// or s3://)")

@@ -1,0 +1,283 @@
+"""What Redis is used for. Everything here may vanish or go back in time: the store is the truth.
+
+All keys, below one prefix; <scope> is a hash of a URL and, for datasets, the manifest digest:
+
+    <prefix>:dataset:<scope>:todo       sorted set  chunk indices to make, scored by themselves
+    <prefix>:dataset:<scope>:claimed    sorted set  chunk index, scored by when its lease ends (ms)
+    <prefix>:dataset:<scope>:owners     hash        chunk index -> worker
+    <prefix>:dataset:<scope>:feeds      hash        run id -> JSON of its current feed
+    <prefix>:runs:<scope>:pending       sorted set  run id, scored by position
+    <prefix>:runs:<scope>:lease:<run>   string      worker that holds the run; expires
+    <prefix>:runs:<scope>:feed:<run>:<head>  stream  id <position + 1>-0, field chunk
+    <prefix>:presence:<worker>          string      JSON, what the worker is doing; expires
+
+A lease says who works on what. It is a hint: exclusive creates in the store decide.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+import redis
+from redis.commands.core import Script
+
+from penstock.store.order import ReadingOrder
+
+FEED_AHEAD = 4096
+"""Entries a feed may hold before feeding pauses."""
+
+
+def _scope(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _script(client: redis.Redis, name: str) -> Script:
+    source = files("penstock.store").joinpath(f"{name}.lua").read_text()
+    return client.register_script(source)
+
+
+class ChunkQueue:
+    """Which chunks of a dataset are to be made, and who makes them."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        prefix: str,
+        url: str,
+        manifest_digest: str,
+        worker: str,
+        lease_seconds: float,
+    ) -> None:
+        base = f"{prefix}:dataset:{_scope(url, manifest_digest)}"
+        self._redis = client
+        self._todo, self._claimed, self._owners = (
+            f"{base}:{name}" for name in ("todo", "claimed", "owners")
+        )
+        self.feeds_key = f"{base}:feeds"
+        self._worker = worker
+        self._lease_ms = int(lease_seconds * 1000)
+        self._claim = _script(client, "claim")
+        self._renew = _script(client, "renew")
+        self._release = _script(client, "release")
+
+    def reconcile(self, planned: int, committed: set[int]) -> None:
+        """Make the queue say what the store says: planned chunks that are not committed."""
+        claimed = {int(index) for index in self._redis.zrange(self._claimed, 0, -1)}
+        missing = set(range(planned)) - committed - claimed
+        with self._redis.pipeline(transaction=False) as pipe:
+            for index in sorted(missing):
+                pipe.zadd(self._todo, {str(index): index}, nx=True)
+            self._forget(pipe, committed)
+            pipe.execute()
+
+    def claim(self, limit: int) -> int | None:
+        """Lease the lowest chunk index below `limit`, or None if there is none."""
+        keys = [self._todo, self._claimed, self._owners]
+        found = self._claim(keys=keys, args=[self._worker, self._lease_ms, limit])
+        return None if found is None else int(found)
+
+    def renew(self, index: int) -> bool:
+        """Prolong the lease of a chunk; False if it is no longer ours."""
+        keys = [self._claimed, self._owners]
+        return bool(self._renew(keys=keys, args=[self._worker, self._lease_ms, index]))
+
+    def release(self, index: int) -> None:
+        """Give a chunk back at once."""
+        keys = [self._todo, self._claimed, self._owners]
+        self._release(keys=keys, args=[self._worker, index])
+
+    def done(self, index: int) -> None:
+        """A chunk is committed: nobody needs to make it."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            self._forget(pipe, [index])
+            pipe.execute()
+
+    def claims(self) -> dict[int, str]:
+        """Chunk index -> worker, for status."""
+        return {int(index): owner for index, owner in self._redis.hgetall(self._owners).items()}
+
+    def _forget(self, pipe: Any, indices: Iterable[int]) -> None:
+        names = [str(index) for index in indices]
+        if names:
+            pipe.zrem(self._todo, *names)
+            pipe.zrem(self._claimed, *names)
+            pipe.hdel(self._owners, *names)
+
+
+@dataclass(frozen=True)
+class FeedSpec:
+    """Everything needed to feed a lineage: its stream, where it started, its reading order."""
+
+    key: str
+    start: int
+    n_chunks: int
+    epochs: int
+    window_chunks: int
+    seed: int
+
+    @property
+    def order(self) -> ReadingOrder:
+        return ReadingOrder(self.n_chunks, self.epochs, self.window_chunks, self.seed)
+
+
+class Feed:
+    """The stream of (position, chunk index) of one lineage, in reading order without gaps."""
+
+    def __init__(self, client: redis.Redis, spec: FeedSpec) -> None:
+        self.spec = spec
+        self._redis = client
+        self._order = spec.order
+        self._open = _script(client, "open_feed")
+        self._add = _script(client, "feed")
+
+    def open(self) -> None:
+        """Make the stream if it is not there."""
+        self._open(keys=[self.spec.key], args=[self.spec.start])
+
+    def rebuild(self) -> None:
+        """Throw the stream away and start it again at its first position."""
+        self._redis.delete(self.spec.key)
+        self.open()
+
+    def add(self, position: int, chunk: int) -> bool:
+        """Add a position if its predecessor is the last one; False if it was not added."""
+        return int(self._add(keys=[self.spec.key], args=[position, chunk])) == 1
+
+    def advance(self, is_committed: Callable[[int], bool]) -> int:
+        """Feed every following position whose chunk is committed; returns how many were fed.
+
+        Anyone may call this at any time. It stops at the first chunk that is not committed.
+        """
+        try:
+            info = self._redis.xinfo_stream(self.spec.key)
+        except redis.ResponseError:
+            return 0  # no such stream: its worker opens it
+        position = int(str(info["last-generated-id"]).split("-")[0])
+        room = FEED_AHEAD - int(info["length"])
+        fed = 0
+        while fed < room and position < self._order.n_positions:
+            chunk = self._order.chunk_at(position)
+            if not is_committed(chunk) or not self.add(position, chunk):
+                break
+            position, fed = position + 1, fed + 1
+        return fed
+
+    def read(self, position: int, block_ms: int) -> list[tuple[int, int]]:
+        """(position, chunk index) entries from a position on, waiting at most `block_ms`.
+
+        Raises:
+            redis.RedisError: the server does not answer.
+        """
+        answer = self._redis.xread({self.spec.key: f"{position}-0"}, count=256, block=block_ms)
+        entries = answer[0][1] if answer else []
+        return [(int(entry.split("-")[0]) - 1, int(fields["chunk"])) for entry, fields in entries]
+
+    def length(self) -> int:
+        """Entries fed and not yet trimmed."""
+        return int(self._redis.xlen(self.spec.key))
+
+    def trim(self, position: int) -> None:
+        """Drop entries before a position: they are in a committed head."""
+        self._redis.xtrim(self.spec.key, minid=f"{position + 1}-0", approximate=False)
+
+    def delete(self) -> None:
+        self._redis.delete(self.spec.key)
+
+
+class RunQueue:
+    """Which runs wait for a worker, and who holds which."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        prefix: str,
+        runs_url: str,
+        worker: str,
+        lease_seconds: float,
+    ) -> None:
+        self._redis = client
+        self._base = f"{prefix}:runs:{_scope(runs_url)}"
+        self._pending = f"{self._base}:pending"
+        self._worker = worker
+        self._lease_ms = int(lease_seconds * 1000)
+        self._lease = _script(client, "lease_run")
+        self._keep = _script(client, "keep_lease")
+
+    def add(self, run_id: str, position: int) -> None:
+        """Say that a run has work left, or how far it is."""
+        self._redis.zadd(self._pending, {run_id: position})
+
+    def remove(self, run_id: str) -> None:
+        """A run has ended."""
+        self._redis.zrem(self._pending, run_id)
+
+    def pending(self) -> dict[str, int]:
+        """Run id -> position, least far first."""
+        found = self._redis.zrange(self._pending, 0, -1, withscores=True)
+        return {run_id: int(score) for run_id, score in found}
+
+    def lease(self) -> str | None:
+        """Lease the pending run that is least far on and unheld, or None."""
+        args = [self._worker, self._lease_ms, f"{self._base}:lease:"]
+        found: str | None = self._lease(keys=[self._pending], args=args)
+        return found
+
+    def renew(self, run_id: str) -> bool:
+        """Prolong our lease; False if it is no longer ours."""
+        return self._keep_lease(run_id, self._lease_ms)
+
+    def release(self, run_id: str) -> None:
+        self._keep_lease(run_id, 0)
+
+    def holder(self, run_id: str) -> str | None:
+        found: str | None = self._redis.get(f"{self._base}:lease:{run_id}")
+        return found
+
+    def feed_key(self, run_id: str, head: int) -> str:
+        """The stream of the lineage that starts with takeover head `head`."""
+        return f"{self._base}:feed:{run_id}:{head}"
+
+    def _keep_lease(self, run_id: str, milliseconds: int) -> bool:
+        key = f"{self._base}:lease:{run_id}"
+        return bool(self._keep(keys=[key], args=[self._worker, milliseconds]))
+
+
+def register_feed(client: redis.Redis, feeds_key: str, run_id: str, spec: FeedSpec) -> None:
+    """Let whoever commits chunks of the dataset know that a lineage reads it."""
+    client.hset(feeds_key, run_id, json.dumps(asdict(spec)))
+
+
+def unregister_feed(client: redis.Redis, feeds_key: str, run_id: str) -> None:
+    client.hdel(feeds_key, run_id)
+
+
+def registered_feeds(client: redis.Redis, feeds_key: str) -> list[Feed]:
+    """All feeds that a new chunk of the dataset may advance."""
+    return [Feed(client, FeedSpec(**json.loads(v))) for v in client.hgetall(feeds_key).values()]
+
+
+class Presence:
+    """Tells `status` who is there; forgotten a while after the last word."""
+
+    def __init__(self, client: redis.Redis, prefix: str, worker: str) -> None:
+        self._redis = client
+        self._prefix = f"{prefix}:presence:"
+        self._worker = worker
+
+    def tell(self, what: dict[str, Any], seconds: float = 30.0) -> None:
+        self._redis.set(self._prefix + self._worker, json.dumps(what), px=int(seconds * 1000))
+
+    def leave(self) -> None:
+        self._redis.delete(self._prefix + self._worker)
+
+    def everyone(self) -> dict[str, dict[str, Any]]:
+        """Worker -> what it last said."""
+        found = {}
+        for key in self._redis.scan_iter(f"{self._prefix}*"):
+            value = self._redis.get(key)
+            if value:
+                found[key.removeprefix(self._prefix)] = json.loads(value)
+        return found

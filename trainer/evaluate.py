@@ -1,0 +1,196 @@
+"""What a run's SAEs are worth on held-out text, by themselves and inside the model.
+
+Held-out sequences are run through the language model once clean and once per SAE with its hook point
+replaced by the reconstruction. Rows of special tokens (BOS, end of text) are neither replaced nor
+counted, in any arm.
+
+    explained variance = 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²
+    cross-entropy recovered = (CE_zero − CE_sae) / (CE_zero − CE_clean)
+
+where CE is nats per predicted token and CE_zero replaces activations by zeros: an identity in place of
+the SAE gives 1, a zero dictionary 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.common.errors import UserError
+from penstock.common.model.language_model import LanguageModel
+from penstock.store.corpus import HELD_OUT, Corpus
+from penstock.trainer.sae import SAE
+
+DENSITY_EDGES = np.linspace(-5.0, 0.0, 51)
+"""Edges of the feature-density histogram, log10 of the share of rows a feature is active on."""
+
+Replacement = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class SAETally:
+    """Sums over held-out rows of one SAE."""
+
+    sae: SAE
+    hook_name: str
+    residual: float = 0.0
+    active: float = 0.0
+    fired: Tensor = field(default_factory=lambda: torch.zeros(0))
+    cross_entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.fired = torch.zeros(self.sae.d_sae, dtype=torch.int64)
+
+
+@dataclass
+class HookTally:
+    """Sums over held-out rows of one hook point."""
+
+    rows: int = 0
+    total: Tensor | None = None
+    squares: float = 0.0
+    zero: float = 0.0
+
+    def variance(self) -> float:
+        """Σ‖x − mean(x)‖²."""
+        assert self.total is not None
+        return self.squares - float((self.total / self.rows).square().sum()) * self.rows
+
+
+def evaluate(
+    model: LanguageModel,
+    corpus: Corpus,
+    saes: dict[str, tuple[str, SAE]],
+    max_sequences: int,
+    batch_sequences: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Evaluate SAEs on held-out sequences.
+
+    Args:
+        saes: name -> (hook point, SAE that takes raw activations).
+        max_sequences: held-out sequences used, from the start.
+        progress: called with sequences done and in all.
+
+    Returns:
+        {"saes": {name: figures}, "controls": {...}}; see the module for what they mean.
+
+    Raises:
+        UserError: the corpus holds nothing out.
+    """
+    n = min(max_sequences, corpus.manifest.n_held_out)
+    if n == 0:
+        raise UserError("evaluation: the corpus has no held-out sequences; add text to it")
+    hooks = {hook: HookTally() for hook, _ in saes.values()}
+    tallies = {name: SAETally(sae, hook) for name, (hook, sae) in saes.items()}
+    special = torch.tensor(corpus.manifest.special_ids)
+    clean, identity, predictions = 0.0, 0.0, 0
+    for start in range(0, n, batch_sequences):
+        tokens = torch.from_numpy(
+            corpus.tokens(start, min(n, start + batch_sequences), HELD_OUT)
+        ).long()
+        keep = ~torch.isin(tokens, special)
+        captured = model.capture(tokens, list(hooks))
+        for hook, tally in hooks.items():
+            _add_hook(tally, captured[hook].float().cpu()[keep])
+            tally.zero += _cross_entropy(model, tokens, keep, hook, torch.zeros_like)
+        for sae_tally in tallies.values():
+            rows = captured[sae_tally.hook_name].float().cpu()[keep]
+            _add_sae(sae_tally, rows)
+            sae_tally.cross_entropy += _cross_entropy(
+                model, tokens, keep, sae_tally.hook_name, sae_tally.sae
+            )
+        clean += _cross_entropy(model, tokens, keep, None, None)
+        first_hook = next(iter(hooks))
+        identity += _cross_entropy(model, tokens, keep, first_hook, lambda x: x)
+        predictions += int(keep[:, :-1].sum())
+        progress(min(n, start + batch_sequences), n)
+    base = clean / predictions
+    first = hooks[next(iter(hooks))].zero / predictions
+    return {
+        "sequences": n,
+        "saes": {
+            name: _figures(tally, hooks[tally.hook_name], base, predictions)
+            for name, tally in tallies.items()
+        },
+        "controls": {
+            "identity_ce_recovered": recovered(base, identity / predictions, first),
+            "zero_ce_recovered": recovered(base, first, first),
+        },
+    }
+
+
+def recovered(clean: float, spliced: float, zero: float) -> float:
+    """(CE_zero − CE_spliced) / (CE_zero − CE_clean)."""
+    return (zero - spliced) / (zero - clean) if zero != clean else float("nan")
+
+
+def density(fired: Tensor, rows: int) -> dict[str, Any]:
+    """Histogram of log10 firing frequency; features never active are counted apart."""
+    counts = fired[fired > 0].double().numpy()
+    log_frequency = np.clip(np.log10(counts / rows), DENSITY_EDGES[0], DENSITY_EDGES[-1])
+    histogram, _ = np.histogram(log_frequency, DENSITY_EDGES)
+    return {
+        "log10_edges": DENSITY_EDGES.round(6).tolist(),
+        "counts": histogram.tolist(),
+        "never_active": int((fired == 0).sum()),
+    }
+
+
+def _add_hook(tally: HookTally, rows: Tensor) -> None:
+    exact = rows.double()
+    tally.rows += len(rows)
+    tally.total = exact.sum(0) if tally.total is None else tally.total + exact.sum(0)
+    tally.squares += float(exact.square().sum())
+
+
+@torch.no_grad()
+def _add_sae(tally: SAETally, rows: Tensor) -> None:
+    acts = tally.sae.encode(rows)
+    tally.residual += float((rows - tally.sae.decode(acts)).double().square().sum())
+    tally.active += float((acts > 0).sum())
+    tally.fired += (acts > 0).sum(0)
+
+
+def _cross_entropy(
+    model: LanguageModel,
+    tokens: Tensor,
+    keep: Tensor,
+    hook_name: str | None,
+    replacement: Replacement | None,
+) -> float:
+    """Sum of −ln p(next token) over kept positions, with one hook point replaced there."""
+    splice = {}
+    if hook_name is not None and replacement is not None:
+        mask = keep.to(model.device)[..., None]
+
+        def function(acts: Tensor) -> Tensor:
+            flat = acts.float().flatten(0, 1).cpu()
+            replaced = replacement(flat).to(acts.device, acts.dtype).view_as(acts)
+            return torch.where(mask, replaced, acts)
+
+        splice = {hook_name: function}
+    logits = model.logits(tokens, splice)[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device), reduction="none"
+    )
+    return float(losses[keep[:, :-1].flatten().to(losses.device)].double().sum())
+
+
+def _figures(tally: SAETally, hook: HookTally, base: float, predictions: int) -> dict[str, Any]:
+    spliced, zero = tally.cross_entropy / predictions, hook.zero / predictions
+    return {
+        "rows": hook.rows,
+        "l0": tally.active / hook.rows,
+        "loss": tally.residual / hook.rows,
+        "explained_variance": 1 - tally.residual / hook.variance(),
+        "ce_clean": base,
+        "ce_spliced": spliced,
+        "ce_zero": zero,
+        "ce_recovered": recovered(base, spliced, zero),
+        "dead_features": int((tally.fired == 0).sum()),
+        "density": density(tally.fired, hook.rows),
+    }

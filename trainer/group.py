@@ -1,0 +1,91 @@
+"""All SAEs of a run, stepping together on the same windows."""
+
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from penstock.store.loader import LoadedWindow
+from penstock.trainer.config import RunConfig
+from penstock.trainer.lineage import Head
+from penstock.trainer.sae.base import Schedule
+from penstock.trainer.step import Figures, SAETraining
+
+
+class Group:
+    """The training state of a run between two heads.
+
+    Attributes:
+        position: chunks trained on, over all epochs.
+        step, rows: optimizer steps and rows trained on.
+        figures: per SAE, what the last finished window gave.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.position = self.step = self.rows = 0
+        self.total_steps = config.total_steps()
+        self.figures: dict[str, Figures] = {}
+        self.members = {
+            sae.name: SAETraining(config.dataset.widths[sae.hook_name], sae, device)
+            for sae in config.settings.saes
+        }
+
+    def restore(self, head: Head, files: dict[str, bytes]) -> None:
+        """Carry on from a head; without a checkpoint, from the very start."""
+        if not head.checkpoint:
+            return
+        self.position, self.step, self.rows = head.position, head.step, head.rows
+        self.figures = head.metrics
+        for name, member in self.members.items():
+            weights = safetensors.torch.load(files[f"sae/{name}"])
+            member.restore(weights, safetensors.torch.load(files[f"optimizer/{name}"]))
+
+    def checkpoint(self) -> dict[str, bytes]:
+        """Files of a checkpoint by name: `sae/<name>` and `optimizer/<name>`, safetensors."""
+        files = {}
+        for name, member in self.members.items():
+            files[f"sae/{name}"] = safetensors.torch.save(member.weights())
+            files[f"optimizer/{name}"] = safetensors.torch.save(member.optimizer_state())
+        return files
+
+    def begin_window(self, loaded: LoadedWindow) -> None:
+        for member in self.members.values():
+            if self.step == 0:
+                member.initialise(loaded.acts[member.settings.hook_name])
+            member.begin_window()
+
+    def train_step(self, batch: dict[str, torch.Tensor]) -> None:
+        """Every SAE takes one step on its hook's rows."""
+        schedule = Schedule(self.step, self.total_steps)
+        for member in self.members.values():
+            member.step(batch[member.settings.hook_name].to(self.device), schedule)
+        self.step += 1
+        self.rows += len(next(iter(batch.values())))
+
+    def end_window(self, loaded: LoadedWindow) -> tuple[str, int] | None:
+        """Close the window's figures.
+
+        Returns:
+            The SAE and step whose loss was not finite, or None if all is well.
+        """
+        self.position = loaded.window.stop
+        for name, member in self.members.items():
+            figures, first_bad = member.end_window()
+            if first_bad is not None:
+                return name, first_bad
+            self.figures[name] = figures
+        return None
+
+    def history_point(self, seconds: float, waited: float, now: float) -> dict[str, Any]:
+        """One point of the metric history."""
+        return {
+            "time": now,
+            "step": self.step,
+            "rows": self.rows,
+            "position": self.position,
+            "seconds": seconds,
+            "waited_seconds": waited,
+            "saes": {name: dict(figures) for name, figures in self.figures.items()},
+        }

@@ -1,0 +1,67 @@
+"""Trained SAEs for use: `load_sae(run_url, name)` in a notebook, without Redis."""
+
+import safetensors.torch
+
+from penstock.common.errors import ObjectMissing, UserError, nearest
+from penstock.store.objects import ObjectStore, open_store
+from penstock.trainer.config import RunConfig, load_run_config
+from penstock.trainer.lineage import Head, load_checkpoint, newest_head
+from penstock.trainer.sae import SAE, build
+
+
+def load_sae(run_url: str, name: str) -> SAE:
+    """A run's SAE as its newest head has it, taking raw activations.
+
+    Args:
+        run_url: `<runs url>/<run id>`.
+        name: of the SAE within the run.
+
+    Returns:
+        A module with `encode` ([B, D] → [B, S]), `decode` ([B, S] → [B, D]) and `settings`. The input
+        scale is folded into its weights; rows of W_dec have norm 1/scale.
+
+    Raises:
+        UserError: the run has no such SAE or no checkpoint yet.
+        ObjectMissing, DamagedObject: no such run, or it is damaged.
+    """
+    runs, run_id = split_run_url(run_url)
+    config = load_run_config(runs, run_id)
+    head = newest_head(runs, run_id)
+    return load_saes(runs, config, head, [name])[name]
+
+
+def load_saes(
+    runs: ObjectStore, config: RunConfig, head: Head | None, names: list[str] | None = None
+) -> dict[str, SAE]:
+    """Several SAEs of a head by name (all by default), scale folded, in evaluation mode."""
+    settings = {sae.name: sae for sae in config.settings.saes}
+    if head is None or not head.checkpoint:
+        raise UserError(f"run {config.run_id} has no checkpoint yet; train it first")
+    files = load_checkpoint(runs, config.run_id, head)
+    loaded = {}
+    for name in names or list(settings):
+        if name not in settings:
+            raise UserError(
+                f"run {config.run_id} has no SAE {name!r}.{nearest(name, settings)} It has "
+                f"{', '.join(settings)}."
+            )
+        weights = safetensors.torch.load(files[f"sae/{name}"])
+        scale = float(weights.pop("scale"))
+        sae = build(config.dataset.widths[settings[name].hook_name], settings[name])
+        sae.load_state_dict(weights)
+        sae.fold_scale(scale)
+        loaded[name] = sae.eval().requires_grad_(False)
+    return loaded
+
+
+def split_run_url(run_url: str) -> tuple[ObjectStore, str]:
+    """The runs store and run id of `<runs url>/<run id>`.
+
+    Raises:
+        ObjectMissing: no run is there.
+    """
+    base, _, run_id = run_url.rstrip("/").rpartition("/")
+    runs = open_store(base or ".")
+    if not run_id or not runs.exists(f"{run_id}/config.json"):
+        raise ObjectMissing(f"{run_url} is not a run: it has no config.json")
+    return runs, run_id

@@ -1,0 +1,138 @@
+"""What every kind of sparse autoencoder has in common.
+
+Shapes: B rows, D d_in, S d_sae. Weights follow the field's names: W_enc [D, S], b_enc [S],
+W_dec [S, D], b_dec [D]. Modules work on scaled inputs x·s, where the scale s makes mean ‖x·s‖² = D over
+the first window; `fold_scale` folds s away so that a trained module takes raw activations.
+
+Squared errors are summed over D and averaged over rows; penalties are summed over S and averaged over
+rows (the convention `sum-over-dims`, recorded with every run).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from penstock.common.settings import Settings
+
+LOSS_CONVENTION = "sum-over-dims: mean_rows(sum_d (x - x_hat)^2) + coefficient * mean_rows(penalty)"
+
+
+class SAESettings(Settings):
+    """Settings that every kind has."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of this SAE within its run: letters, digits, '.', '_' and '-'."""
+    hook_name: str
+    """The hook point it is trained on; the dataset must hold it."""
+    d_sae: int = Field(ge=1)
+    """Number of features (S)."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of Adam."""
+    lr_warmup_steps: int = Field(100, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    lr_decay_fraction: float = Field(0.2, ge=0, le=1)
+    """Last part of training over which the learning rate falls linearly to 0."""
+    decoder_bias: Literal["mean", "zero", "none"] = "mean"
+    """b_dec starts at the first window's mean, at zero, or does not exist (stays zero)."""
+    dead_after_rows: int = Field(10_000_000, ge=1)
+    """A feature not active for this many rows counts as dead (OpenAI use 10 million)."""
+    seed: int = 0
+    """Seed of the initial weights."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where training stands: the step about to be made and how many there will be."""
+
+    step: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one forward pass in training gives; all tensors stay on the device.
+
+    Attributes:
+        loss: scalar to differentiate.
+        components: scalar parts of the loss, by name; `mse` is always there.
+        reconstruction: [B, D].
+        active: [S] how many rows each feature was active on.
+    """
+
+    loss: Tensor
+    components: dict[str, Tensor]
+    reconstruction: Tensor
+    active: Tensor
+
+
+class SAE(nn.Module, ABC):
+    """A sparse autoencoder with rows of W_dec as feature directions."""
+
+    architecture: str
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__()
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.W_enc = nn.Parameter(torch.empty(d_in, d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations [B, S] of activations [B, D]."""
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstructions [B, D] of feature activations [B, S]."""
+        return feature_acts @ self.directions() + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstructions [B, D] of activations [B, D]."""
+        return self.decode(self.encode(x))
+
+    @abstractmethod
+    def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
+        """Forward pass with the loss.
+
+        Args:
+            x: [B, D] scaled rows.
+            dead: [S] bool, features that are dead; None while there are none.
+        """
+
+    def directions(self) -> Tensor:
+        """[S, D] decoder rows of unit norm."""
+        return self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def initialise(self, seed: int, mean: Tensor | None) -> None:
+        """Random unit decoder rows, encoder their transpose, b_dec the given mean [D].
+
+        Drawn on the CPU, so that every device starts from the same weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_dec.copy_(rows)
+        self.W_enc.copy_(rows.T)
+        self.b_enc.zero_()
+        if mean is None:
+            self.b_dec.zero_()
+        else:
+            self.b_dec.copy_(mean)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Make a module trained on x·scale take raw x: W_enc·s, W_dec of unit norm / s, b_dec / s.
+
+        Feature activations keep their value; `directions` then returns W_dec as it is.
+        """
+        folded = self.directions() / scale
+        self.W_enc.mul_(scale)
+        self.W_dec.copy_(folded)
+        self.b_dec.div_(scale)
+        self.directions = lambda: self.W_dec  # type: ignore[method-assign]

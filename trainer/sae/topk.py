@@ -1,0 +1,73 @@
+"""TopK autoencoder with an auxiliary loss for dead features (Gao et al. 2024, "Scaling and evaluating
+sparse autoencoders").
+
+    f = ReLU(TopK((x − b_dec) W_enc + b_enc)),   x̂ = f W_dec + b_dec
+    loss = mean_rows Σ_d (x − x̂)² + aux_coefficient · mean_rows Σ_d (e − ê)²
+
+where e = x − x̂ (no gradient) and ê is its reconstruction by the `aux_k` strongest dead features.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from penstock.trainer.sae.base import SAE, SAESettings, Schedule, StepResult
+
+
+class TopKSettings(SAESettings):
+    """TopK with AuxK."""
+
+    architecture: Literal["topk"]
+    """Kind of autoencoder."""
+    k: int = Field(ge=1)
+    """Features kept per row (L0)."""
+    aux_k: int | None = Field(None, ge=1)
+    """Dead features that reconstruct the error; null means d_in / 2."""
+    aux_coefficient: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss."""
+
+
+class TopKSAE(SAE):
+    """See the module."""
+
+    architecture = "topk"
+
+    def __init__(self, d_in: int, settings: TopKSettings) -> None:
+        super().__init__(d_in, settings.d_sae)
+        self.settings = settings
+        self.k = min(settings.k, settings.d_sae)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return _keep_top(self._pre_acts(x), self.k)
+
+    def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
+        pre_acts = self._pre_acts(x)
+        acts = _keep_top(pre_acts, self.k)
+        directions = self.directions()
+        reconstruction = acts @ directions + self.b_dec
+        error = x - reconstruction
+        mse = error.float().square().sum(dim=1).mean()
+        components = {"mse": mse}
+        loss = mse
+        if dead is not None:
+            # the settings bound aux_k; fewer dead features than that fill up with zeros
+            aux_k = min(self.settings.aux_k or self.d_in // 2, self.d_sae)
+            dead_acts = _keep_top(pre_acts.masked_fill(~dead, float("-inf")), aux_k)
+            aux_error = error.detach() - dead_acts @ directions
+            aux = aux_error.float().square().sum(dim=1).mean()
+            # early on the auxiliary loss can overflow; a step without it is better than none
+            aux = torch.nan_to_num(aux, nan=0.0, posinf=0.0)
+            components["aux"] = aux
+            loss = loss + self.settings.aux_coefficient * aux
+        return StepResult(loss, components, reconstruction, (acts > 0).sum(dim=0))
+
+    def _pre_acts(self, x: Tensor) -> Tensor:
+        return (x - self.b_dec) @ self.W_enc + self.b_enc
+
+
+def _keep_top(pre_acts: Tensor, k: int) -> Tensor:
+    """[B, S] with all but each row's k largest values set to zero, and negative ones too."""
+    top = pre_acts.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter(-1, top.indices, torch.relu(top.values))
