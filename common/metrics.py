@@ -8,15 +8,19 @@ REGISTRY = CollectorRegistry()
 _RUN, _SAE = ["run"], ["run", "sae"]
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
-sae_loss = Gauge(
-    "sae_loss", "Training loss per row, by component", [*_SAE, "component"], registry=REGISTRY
-)
+sae_loss = Gauge("sae_loss", "Training loss per row, by component", [*_SAE, "component"], registry=REGISTRY)
 sae_l0 = Gauge("sae_l0", "Mean active features per row", _SAE, registry=REGISTRY)
 sae_dead_features = Gauge(
-    "sae_dead_features", "Features not active in the declared window of rows", _SAE, registry=REGISTRY
+    "sae_dead_features",
+    "Features not active in the declared window of rows",
+    _SAE,
+    registry=REGISTRY,
 )
 sae_dead_window_rows = Gauge(
-    "sae_dead_window_rows", "Rows without activity after which a feature is dead", _SAE, registry=REGISTRY
+    "sae_dead_window_rows",
+    "Rows without activity after which a feature is dead",
+    _SAE,
+    registry=REGISTRY,
 )
 sae_explained_variance = Gauge(
     "sae_explained_variance", "1 − residual / total variance over a window", _SAE, registry=REGISTRY
@@ -33,24 +37,36 @@ sae_data_wait_seconds = Counter(
     "sae_data_wait_seconds", "Seconds a run waited for rows", _RUN, registry=REGISTRY
 )
 sae_head_commit_seconds = Histogram(
-    "sae_head_commit_seconds", "Seconds to upload and commit a head", buckets=_SECONDS, registry=REGISTRY
+    "sae_head_commit_seconds",
+    "Seconds to upload and commit a head",
+    buckets=_SECONDS,
+    registry=REGISTRY,
 )
 sae_takeovers = Counter("sae_takeovers", "Runs taken over from a head", registry=REGISTRY)
 sae_fenced = Counter("sae_fenced", "Times this worker found itself replaced", registry=REGISTRY)
 
 chunks_committed = Counter("penstock_chunks_committed", "Chunks committed", registry=REGISTRY)
 chunk_write_seconds = Histogram(
-    "penstock_chunk_write_seconds", "Seconds to store and commit a chunk", buckets=_SECONDS, registry=REGISTRY
+    "penstock_chunk_write_seconds",
+    "Seconds to store and commit a chunk",
+    buckets=_SECONDS,
+    registry=REGISTRY,
 )
 chunk_read_seconds = Histogram(
-    "penstock_chunk_read_seconds", "Seconds to read and check a chunk", buckets=_SECONDS, registry=REGISTRY
+    "penstock_chunk_read_seconds",
+    "Seconds to read and check a chunk",
+    buckets=_SECONDS,
+    registry=REGISTRY,
 )
 chunk_corrupt = Counter(
     "penstock_chunk_corrupt", "Reads of chunks that failed their checks", registry=REGISTRY
 )
 producer_rows = Counter("penstock_producer_rows", "Rows captured and committed", registry=REGISTRY)
 producer_blocked_seconds = Counter(
-    "penstock_producer_blocked_seconds", "Seconds a producer could not work", ["reason"], registry=REGISTRY
+    "penstock_producer_blocked_seconds",
+    "Seconds a producer could not work",
+    ["reason"],
+    registry=REGISTRY,
 )
 backlog_chunks = Gauge(
     "penstock_backlog_chunks", "Chunks fed and not yet trained on", _RUN, registry=REGISTRY
@@ -58,7 +74,5 @@ backlog_chunks = Gauge(
 object_retries = Counter(
     "penstock_object_retries", "Object store requests tried again", ["op"], registry=REGISTRY
 )
-queue_rebuilds = Counter(
-    "penstock_queue_rebuilds", "Feeds rebuilt from the store", registry=REGISTRY
-)
+queue_rebuilds = Counter("penstock_queue_rebuilds", "Feeds rebuilt from the store", registry=REGISTRY)
 build_info = Gauge("penstock_build_info", "Always 1", ["version", "torch"], registry=REGISTRY)

@@ -16,6 +16,9 @@ from redis.retry import Retry
 from penstock.common.errors import ConfigError, Unavailable
 from penstock.common.settings import Settings
 
+Client = Any
+"""A `redis.Redis` that decodes answers. redis-py types an answer as all that any command might give."""
+
 URL_VARIABLE = "PENSTOCK_REDIS_URL"
 PASSWORD_VARIABLE = "PENSTOCK_REDIS_PASSWORD"
 
@@ -33,7 +36,7 @@ class RedisSettings(Settings):
     """Seconds after which the work of a worker that stopped renewing its lease is handed on."""
 
 
-def connect(settings: RedisSettings) -> redis.Redis:
+def connect(settings: RedisSettings) -> Client:
     """A connected client.
 
     Raises:

@@ -184,7 +184,11 @@ def rm(url: str, yes: bool) -> None:
 
 @cli.command()
 @click.argument("path", required=False)
-@click.option("--schema", is_flag=True, help="Print every setting: type, default, unit, meaning (JSON schema).")
+@click.option(
+    "--schema",
+    is_flag=True,
+    help="Print every setting: type, default, unit, meaning (JSON schema).",
+)
 def config(path: str | None, schema: bool) -> None:
     """Check a config file, or print the schema of all settings."""
     from penstock.deploy.config import Config, load_config

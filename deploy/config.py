@@ -35,7 +35,7 @@ class MetricsSettings(Settings):
 class EvaluationSettings(Settings):
     """The evaluation that ends a run."""
 
-    sequences: int = Field(96, ge=1)
+    sequences: int = Field(64, ge=1)
     """Held-out sequences used."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import redis
 
 from penstock.common.errors import DataError, ObjectMissing, PenstockError, UserError
-from penstock.common.redis import RedisSettings, connect
+from penstock.common.redis import Client, RedisSettings, connect
 from penstock.deploy.config import Config
 from penstock.deploy.state import embedded_redis_url, read_state
 from penstock.store.layout import MANIFEST
@@ -34,7 +34,7 @@ def _redis_settings(config: Config) -> RedisSettings:
     return config.redis
 
 
-def _from_redis(config: Config, client: redis.Redis, run_ids: list[str]) -> dict[str, Any]:
+def _from_redis(config: Config, client: Client, run_ids: list[str]) -> dict[str, Any]:
     from penstock.store.dataset import open_dataset
     from penstock.store.queue import ChunkQueue, Presence, RunQueue
 
@@ -140,7 +140,8 @@ def _describe_run(url: str) -> Iterator[str]:
     head = newest_head(runs, run_id)
     for link in reversed(chain(runs, run_id, head)):
         reason = f", {link.reason}" if link.reason else ""
-        yield f"  head {link.n}: {link.kind}, {link.status}, position {link.position}, step {link.step}{reason}"
+        where = f"position {link.position}, step {link.step}"
+        yield f"  head {link.n}: {link.kind}, {link.status}, {where}{reason}"
     for name, stored in head.checkpoint.items() if head else ():
         if name.startswith("sae/"):
             yield f"  {name.removeprefix('sae/')}: weights {stored.sha256}"

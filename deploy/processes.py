@@ -165,9 +165,7 @@ def train(config: Config, drain: bool) -> None:
         server.close()
 
 
-def report(
-    config: Config, run_url: str, out: Path, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Evaluate a run on held-out text; write report.html and summary.json below `out`."""
     from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel

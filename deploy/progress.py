@@ -119,9 +119,7 @@ class Progress:
         for run_id, (rows, total, figures, remark) in self._live_runs(state, workers).items():
             rate = self._rate(run_id, rows)
             left = (total - rows) / rate if rate else None
-            losses = " ".join(
-                f"{name}: loss {f['loss']:.3g} L0 {f['l0']:.0f}" for name, f in figures.items()
-            )
+            losses = " ".join(f"{name}: loss {f['loss']:.3g} L0 {f['l0']:.0f}" for name, f in figures.items())
             parts.append(
                 f"{run_id} {rows:,}/{total:,} rows, {rate:,.0f} rows/s, {remaining(left)} ({remark}) {losses}"
             )

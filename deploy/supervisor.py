@@ -164,7 +164,9 @@ def run(config: Config) -> int:
         return 0
     final = read_state(config)
     if not final.finished:
-        failed = [f"{run_id} ({r.status}: {r.reason})" for run_id, r in final.runs.items() if r.status != "done"]
+        failed = [
+            f"{run_id} ({r.status}: {r.reason})" for run_id, r in final.runs.items() if r.status != "done"
+        ]
         raise PenstockError(f"not everything succeeded: {', '.join(failed) or 'the dataset is incomplete'}")
     (directory / DONE_FILE).write_text(config.model_dump_json() + "\n")
     print(_story(final, f"report: {directory / 'report.html'}"))

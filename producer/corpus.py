@@ -143,8 +143,8 @@ class _Stream:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self.count = 0
-        self.tokens: list[np.ndarray] = []  # type: ignore[type-arg]
-        self.documents: list[np.ndarray] = []  # type: ignore[type-arg]
+        self.tokens: list[np.ndarray] = []
+        self.documents: list[np.ndarray] = []
 
     @property
     def full(self) -> bool:
@@ -193,9 +193,7 @@ def _pack_splits(
         if len(batch) == _ENCODE_AT_ONCE:
             flush()
     flush()
-    splits = {
-        split: _pack(settings, tokenizer, stream, split) for split, stream in streams.items()
-    }
+    splits = {split: _pack(settings, tokenizer, stream, split) for split, stream in streams.items()}
     if not len(splits[TRAIN].tokens):
         raise ConfigError(
             f"corpus: the text gives {streams[TRAIN].count} tokens, fewer than one sequence of "
@@ -204,9 +202,7 @@ def _pack_splits(
     return names, splits
 
 
-def _pack(
-    settings: CorpusSettings, tokenizer: LoadedTokenizer, stream: _Stream, split: str
-) -> PackedText:
+def _pack(settings: CorpusSettings, tokenizer: LoadedTokenizer, stream: _Stream, split: str) -> PackedText:
     lead = 1 if settings.bos == "prepend" else 0
     body = settings.context - lead
     tokens = np.concatenate(stream.tokens) if stream.tokens else np.zeros(0, np.int32)

@@ -14,6 +14,7 @@ import redis
 from penstock.common import metrics
 from penstock.common.errors import Unavailable
 from penstock.common.logs import LOGGER
+from penstock.common.redis import Client
 from penstock.producer.source import Source
 from penstock.store.commits import committed_indices
 from penstock.store.dataset import Chunk, DatasetWriter
@@ -134,7 +135,7 @@ class Sink:
         self,
         writer: DatasetWriter,
         work: Work,
-        client: redis.Redis,
+        client: Client,
         feeds_key: str,
         worker: str,
         on_commit: Callable[[int, int], None],

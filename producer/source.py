@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 
 from penstock.common.model.language_model import LanguageModel
-from penstock.store.corpus import Corpus
 from penstock.store.arrays import BFLOAT16
+from penstock.store.corpus import Corpus
 from penstock.store.dataset import Chunk
 from penstock.store.manifest import Manifest
 

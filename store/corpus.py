@@ -1,11 +1,11 @@
 """A corpus as stored: packed token sequences, permuted once, in checksummed blocks.
 
-    <corpus url>/manifest.json       written last; its digest stands for the whole corpus
-    <corpus url>/documents.json      the documents' names
-    <corpus url>/corpus.zarr/        for each of train/ and held_out/:
-        tokens    int32 [n_sequences, context]
-        document  int32 [n_sequences, context]   index into documents.json; −1 for a sequence's BOS
-        special   int32 [n_sequences]            special tokens in each sequence
+<corpus url>/manifest.json       written last; its digest stands for the whole corpus
+<corpus url>/documents.json      the documents' names
+<corpus url>/corpus.zarr/        for each of train/ and held_out/:
+    tokens    int32 [n_sequences, context]
+    document  int32 [n_sequences, context]   index into documents.json; −1 for a sequence's BOS
+    special   int32 [n_sequences]            special tokens in each sequence
 """
 
 import hashlib

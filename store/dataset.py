@@ -209,9 +209,7 @@ class DatasetWriter:
             DamagedObject: an object is there already and is not a whole chunk.
         """
         arranged = self.arrange(index, chunk)
-        stored = dict(
-            self._pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs)
-        )
+        stored = dict(self._pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs))
         commit = Commit(
             index=index,
             rows=int(np.count_nonzero(stored[SEQUENCE][1] != UNUSED)),
@@ -228,9 +226,7 @@ class DatasetWriter:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _store(
-        self, spec: ArraySpec, index: int, array: Array
-    ) -> tuple[str, tuple[StoredObject, Array]]:
+    def _store(self, spec: ArraySpec, index: int, array: Array) -> tuple[str, tuple[StoredObject, Array]]:
         key = spec.key(ARRAYS, index)
         data = encode_payload(array)
         if not self.store.create(key, data):

@@ -7,7 +7,7 @@ while another is used and a third is read.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,9 +32,7 @@ class LoadedWindow:
     n_rows: int
     row_order: Tensor
 
-    def batches(
-        self, batch_rows: int, device: torch.device | str = "cpu"
-    ) -> Iterator[dict[str, Tensor]]:
+    def batches(self, batch_rows: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
         """Shuffled batches {hook: [≤ batch_rows, d_in] bfloat16} on `device`; no row is left out.
 
         Copies to CUDA are pinned and asynchronous, one batch ahead of the computation.
@@ -79,9 +77,7 @@ class WindowLoader:
         self._await_chunk = await_chunk
         self.stop = threading.Event()
         self._ready: queue.Queue[LoadedWindow | BaseException] = queue.Queue(maxsize=1)
-        self._thread = threading.Thread(
-            target=self._run, args=(first_window,), name="loader", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(first_window,), name="loader", daemon=True)
         self._thread.start()
 
     def get(self, timeout: float) -> LoadedWindow | None:
@@ -114,7 +110,8 @@ class WindowLoader:
     def _offer(self, item: LoadedWindow | BaseException) -> None:
         while not self.stop.is_set():
             try:
-                return self._ready.put(item, timeout=0.2)
+                self._ready.put(item, timeout=0.2)
+                return
             except queue.Full:
                 continue
 
@@ -127,9 +124,7 @@ class WindowLoader:
         chunks = [future.result() for future in pending]
         n_rows = sum(chunk.rows for chunk in chunks)
         acts = {hook: _concatenate([chunk.acts[hook] for chunk in chunks]) for hook in self._hooks}
-        return LoadedWindow(
-            window, acts, n_rows, torch.from_numpy(self._order.row_order(window, n_rows))
-        )
+        return LoadedWindow(window, acts, n_rows, torch.from_numpy(self._order.row_order(window, n_rows)))
 
     def _read(self, index: int) -> Chunk:
         try:
@@ -156,7 +151,7 @@ class Batches:
         self._iterator.close()
         self._loader.close()
 
-    def _iterate(self, n_windows: int, batch_rows: int) -> Iterator[dict[str, Tensor]]:
+    def _iterate(self, n_windows: int, batch_rows: int) -> Generator[dict[str, Tensor], None, None]:
         try:
             for _ in range(n_windows):
                 loaded = None
@@ -183,7 +178,7 @@ def dataset_batches(
     return Batches(loader, order.n_windows, batch_rows)
 
 
-def _concatenate(parts: Sequence[np.ndarray]) -> Tensor:  # type: ignore[type-arg]
+def _concatenate(parts: Sequence[np.ndarray]) -> Tensor:
     out = torch.empty((sum(map(len, parts)), parts[0].shape[1]), dtype=torch.bfloat16)
     plain = out.view(torch.int16).numpy()
     at = 0

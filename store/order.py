@@ -7,6 +7,7 @@ indices in order (the corpus is already permuted), later epochs by a permutation
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -88,4 +89,4 @@ def batch_bounds(n_rows: int, batch_rows: int) -> list[tuple[int, int]]:
     """Cut rows into ⌈rows/B⌉ near-equal batches [start, stop); none is dropped."""
     n = -(-n_rows // batch_rows)
     edges = [n_rows * i // n for i in range(n + 1)] if n else [0]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

@@ -24,6 +24,7 @@ from typing import Any
 import redis
 from redis.commands.core import Script
 
+from penstock.common.redis import Client
 from penstock.store.order import ReadingOrder
 
 FEED_AHEAD = 4096
@@ -34,9 +35,10 @@ def _scope(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _script(client: redis.Redis, name: str) -> Script:
+def _script(client: Client, name: str) -> Script:
     source = files("penstock.store").joinpath(f"{name}.lua").read_text()
-    return client.register_script(source)
+    script: Script = client.register_script(source)
+    return script
 
 
 class ChunkQueue:
@@ -44,7 +46,7 @@ class ChunkQueue:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         prefix: str,
         url: str,
         manifest_digest: str,
@@ -53,9 +55,7 @@ class ChunkQueue:
     ) -> None:
         base = f"{prefix}:dataset:{_scope(url, manifest_digest)}"
         self._redis = client
-        self._todo, self._claimed, self._owners = (
-            f"{base}:{name}" for name in ("todo", "claimed", "owners")
-        )
+        self._todo, self._claimed, self._owners = (f"{base}:{name}" for name in ("todo", "claimed", "owners"))
         self.feeds_key = f"{base}:feeds"
         self._worker = worker
         self._lease_ms = int(lease_seconds * 1000)
@@ -126,7 +126,7 @@ class FeedSpec:
 class Feed:
     """The stream of (position, chunk index) of one lineage, in reading order without gaps."""
 
-    def __init__(self, client: redis.Redis, spec: FeedSpec) -> None:
+    def __init__(self, client: Client, spec: FeedSpec) -> None:
         self.spec = spec
         self._redis = client
         self._order = spec.order
@@ -192,7 +192,7 @@ class RunQueue:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         prefix: str,
         runs_url: str,
         worker: str,
@@ -221,9 +221,9 @@ class RunQueue:
 
     def lease(self) -> str | None:
         """Lease the pending run that is least far on and unheld, or None."""
-        args = [self._worker, self._lease_ms, f"{self._base}:lease:"]
-        found: str | None = self._lease(keys=[self._pending], args=args)
-        return found
+        args: list[str | int] = [self._worker, self._lease_ms, f"{self._base}:lease:"]
+        found = self._lease(keys=[self._pending], args=args)
+        return None if found is None else str(found)
 
     def renew(self, run_id: str) -> bool:
         """Prolong our lease; False if it is no longer ours."""
@@ -245,16 +245,16 @@ class RunQueue:
         return bool(self._keep(keys=[key], args=[self._worker, milliseconds]))
 
 
-def register_feed(client: redis.Redis, feeds_key: str, run_id: str, spec: FeedSpec) -> None:
+def register_feed(client: Client, feeds_key: str, run_id: str, spec: FeedSpec) -> None:
     """Let whoever commits chunks of the dataset know that a lineage reads it."""
     client.hset(feeds_key, run_id, json.dumps(asdict(spec)))
 
 
-def unregister_feed(client: redis.Redis, feeds_key: str, run_id: str) -> None:
+def unregister_feed(client: Client, feeds_key: str, run_id: str) -> None:
     client.hdel(feeds_key, run_id)
 
 
-def registered_feeds(client: redis.Redis, feeds_key: str) -> list[Feed]:
+def registered_feeds(client: Client, feeds_key: str) -> list[Feed]:
     """All feeds that a new chunk of the dataset may advance."""
     return [Feed(client, FeedSpec(**json.loads(v))) for v in client.hgetall(feeds_key).values()]
 
@@ -262,7 +262,7 @@ def registered_feeds(client: redis.Redis, feeds_key: str) -> list[Feed]:
 class Presence:
     """Tells `status` who is there; forgotten a while after the last word."""
 
-    def __init__(self, client: redis.Redis, prefix: str, worker: str) -> None:
+    def __init__(self, client: Client, prefix: str, worker: str) -> None:
         self._redis = client
         self._prefix = f"{prefix}:presence:"
         self._worker = worker

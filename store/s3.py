@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
-import s3fs  # type: ignore[import-untyped]
-from botocore import exceptions as boto  # type: ignore[import-untyped]
-from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+import s3fs
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -84,8 +84,7 @@ class S3Store(ObjectStore):
         if "@" in parts.netloc:
             # The URL is not repeated: what stands before the @ is a secret.
             raise StoreError(
-                "an s3:// URL carries no credentials; "
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+                "an s3:// URL carries no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
             raise StoreError(f"{url}: not an object store URL; write s3://bucket/prefix")
@@ -227,8 +226,7 @@ class S3Store(ObjectStore):
             )
         if code == "NoSuchBucket":
             return StoreError(
-                f"{self.url}: {self._endpoint()} has no bucket {self._bucket}; "
-                "create it or correct the URL"
+                f"{self.url}: {self._endpoint()} has no bucket {self._bucket}; create it or correct the URL"
             )
         if status == 404:
             return ObjectMissing(f"{name} is missing")

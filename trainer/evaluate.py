@@ -4,6 +4,7 @@ Held-out sequences are run through the language model once clean and once per SA
 replaced by the reconstruction. Rows of special tokens (BOS, end of text) are neither replaced nor
 counted, in any arm.
 
+    loss = mean Σ_d (x − x̂)² · s², in the units of training (s is the input scale)
     explained variance = 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²
     cross-entropy recovered = (CE_zero − CE_sae) / (CE_zero − CE_clean)
 
@@ -87,11 +88,10 @@ def evaluate(
     hooks = {hook: HookTally() for hook, _ in saes.values()}
     tallies = {name: SAETally(sae, hook) for name, (hook, sae) in saes.items()}
     special = torch.tensor(corpus.manifest.special_ids)
-    clean, identity, predictions = 0.0, 0.0, 0
+    clean, predictions = 0.0, 0
+    controls: dict[str, float] = {}
     for start in range(0, n, batch_sequences):
-        tokens = torch.from_numpy(
-            corpus.tokens(start, min(n, start + batch_sequences), HELD_OUT)
-        ).long()
+        tokens = torch.from_numpy(corpus.tokens(start, min(n, start + batch_sequences), HELD_OUT)).long()
         keep = ~torch.isin(tokens, special)
         captured = model.capture(tokens, list(hooks))
         for hook, tally in hooks.items():
@@ -100,32 +100,37 @@ def evaluate(
         for sae_tally in tallies.values():
             rows = captured[sae_tally.hook_name].float().cpu()[keep]
             _add_sae(sae_tally, rows)
-            sae_tally.cross_entropy += _cross_entropy(
-                model, tokens, keep, sae_tally.hook_name, sae_tally.sae
-            )
+            sae_tally.cross_entropy += _cross_entropy(model, tokens, keep, sae_tally.hook_name, sae_tally.sae)
         clean += _cross_entropy(model, tokens, keep, None, None)
-        first_hook = next(iter(hooks))
-        identity += _cross_entropy(model, tokens, keep, first_hook, lambda x: x)
+        controls = controls or _controls(model, tokens, keep, next(iter(hooks)), clean)
         predictions += int(keep[:, :-1].sum())
         progress(min(n, start + batch_sequences), n)
     base = clean / predictions
-    first = hooks[next(iter(hooks))].zero / predictions
     return {
         "sequences": n,
         "saes": {
             name: _figures(tally, hooks[tally.hook_name], base, predictions)
             for name, tally in tallies.items()
         },
-        "controls": {
-            "identity_ce_recovered": recovered(base, identity / predictions, first),
-            "zero_ce_recovered": recovered(base, first, first),
-        },
+        "controls": controls,
     }
 
 
 def recovered(clean: float, spliced: float, zero: float) -> float:
     """(CE_zero − CE_spliced) / (CE_zero − CE_clean)."""
     return (zero - spliced) / (zero - clean) if zero != clean else float("nan")
+
+
+def _controls(
+    model: LanguageModel, tokens: Tensor, keep: Tensor, hook: str, clean: float
+) -> dict[str, float]:
+    """The measurement measured: dictionaries whose score is known, on one batch."""
+    arms: dict[str, Replacement] = {"identity": lambda x: x, "zero": lambda x: x * 0}
+    zero = _cross_entropy(model, tokens, keep, hook, torch.zeros_like)
+    return {
+        f"{name}_ce_recovered": recovered(clean, _cross_entropy(model, tokens, keep, hook, arm), zero)
+        for name, arm in arms.items()
+    }
 
 
 def density(fired: Tensor, rows: int) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def _cross_entropy(
     replacement: Replacement | None,
 ) -> float:
     """Sum of −ln p(next token) over kept positions, with one hook point replaced there."""
-    splice = {}
+    splice: dict[str, Replacement] = {}
     if hook_name is not None and replacement is not None:
         mask = keep.to(model.device)[..., None]
 
@@ -185,7 +190,7 @@ def _figures(tally: SAETally, hook: HookTally, base: float, predictions: int) ->
     return {
         "rows": hook.rows,
         "l0": tally.active / hook.rows,
-        "loss": tally.residual / hook.rows,
+        "loss": tally.residual / hook.rows * (tally.sae.folded_scale or 1.0) ** 2,
         "explained_variance": 1 - tally.residual / hook.variance(),
         "ce_clean": base,
         "ce_spliced": spliced,

@@ -179,13 +179,7 @@ def flow(salt: str, alt: str, produced: Points, trained: Points) -> str:
     if not produced and not trained:
         return ""
     end = max(x for x, _ in [*produced, *trained])
-    unit, name = (
-        (3600.0, "hours")
-        if end > 3 * 3600
-        else (60.0, "minutes")
-        if end > 180
-        else (1.0, "seconds")
-    )
+    unit, name = (3600.0, "hours") if end > 3 * 3600 else (60.0, "minutes") if end > 180 else (1.0, "seconds")
 
     def paint(ax: "Axes") -> None:
         if produced and trained:

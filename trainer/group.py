@@ -81,6 +81,7 @@ class Group:
     def history_point(self, seconds: float, waited: float, now: float) -> dict[str, Any]:
         """One point of the metric history."""
         return {
+            "started": now - seconds,
             "time": now,
             "step": self.step,
             "rows": self.rows,

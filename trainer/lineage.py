@@ -213,9 +213,7 @@ class Lineage:
             # a retried create can meet its own landed write
             there = read_head(self.runs, self.run_id, head.n)
             if there.writer != head.writer:
-                raise Fenced(
-                    f"run {self.run_id}: head {head.n} was committed by another worker; stopping"
-                )
+                raise Fenced(f"run {self.run_id}: head {head.n} was committed by another worker; stopping")
         self.head = head
 
     def _collect(self) -> None:

@@ -232,9 +232,7 @@ def _lead(summary: dict[str, Any], history: list[dict[str, Any]]) -> str:
     wall = _wall(summary)
     took = f"The run took {duration(wall)}." if wall is not None else ""
     if produced and trained and (ahead := produced[-1][0] - trained[0][0]) > 0:
-        return (
-            f"{took} Training began {duration(ahead)} before the last rows were produced.".strip()
-        )
+        return f"{took} Training began {duration(ahead)} before the last rows were produced.".strip()
     return took
 
 
@@ -245,11 +243,7 @@ def _tiles(summary: dict[str, Any], saes: list[dict[str, Any]]) -> list[tuple[st
     stages = {stage.get("name"): stage for stage in _stages(summary)}
     train = _dict(stages.get("train"))
     speed = count(train.get("rows_per_second"))
-    waiting = (
-        f"{percent(train['waiting'])} of the time waiting"
-        if train.get("waiting")
-        else "in training"
-    )
+    waiting = f"{percent(train['waiting'])} of the time waiting" if train.get("waiting") else "in training"
 
     def best(name: str, label: str) -> tuple[str, str, str]:
         known = [sae for sae in saes if sae["shown"][name] is not None]
@@ -343,9 +337,7 @@ def _curve(
     if unit_y and figures.cut_at_zero(ys):
         note = f"{note}; the view ends at 0, the first steps lie below"
     ends = [
-        f"{s.name} from {number(s.points[0][1])} to {number(s.points[-1][1])}"
-        for s in series
-        if s.points
+        f"{s.name} from {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in series if s.points
     ]
     alt = f"{title} over rows trained. " + "; ".join(ends)
     svg = figures.curves(f"curve {name} {looks[0].name}" if looks else name, alt, series,

@@ -37,6 +37,7 @@ class SAETraining:
         trained = [p for p in self._parameters.values() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=settings.lr, fused=True)
         self._dead: Tensor | None = None
+        self._first_bad = torch.tensor(-1, device=device)
         self._reset_window()
 
     def initialise(self, rows: Tensor) -> None:
@@ -47,7 +48,7 @@ class SAETraining:
         """
         d_in = rows.shape[1]
         total, squared = torch.zeros(d_in, dtype=torch.float64), 0.0
-        for block in rows.split(8192):
+        for block in torch.split(rows, 8192):
             exact = block.double()
             total += exact.sum(dim=0)
             squared += float(exact.square().sum())
@@ -108,9 +109,7 @@ class SAETraining:
             "loss": sums["loss"] / rows,
             "l0": sums["active"] / rows,
             "explained_variance": 1 - residual / total_variance if total_variance > 0 else 0.0,
-            "dead_features": float(
-                (self.rows_since_active >= self.settings.dead_after_rows).sum()
-            ),
+            "dead_features": float((self.rows_since_active >= self.settings.dead_after_rows).sum()),
         }
         first_bad = int(self._first_bad)
         return figures, None if first_bad < 0 else first_bad

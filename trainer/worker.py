@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import redis
@@ -13,7 +14,7 @@ from penstock.common.errors import ConfigError, Diverged, Fenced, Unavailable
 from penstock.common.health import Health
 from penstock.common.heartbeat import Heartbeat
 from penstock.common.logs import LOGGER
-from penstock.common.redis import RedisSettings
+from penstock.common.redis import Client, RedisSettings
 from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import reader_key
 from penstock.store.loader import WindowLoader
@@ -46,7 +47,7 @@ class Workplace:
     """What a worker needs: where runs are, Redis, itself and its device."""
 
     runs: ObjectStore
-    client: redis.Redis
+    client: Client
     redis: RedisSettings
     worker: str
     device: torch.device
@@ -109,11 +110,11 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 LOGGER.warning("%s", error)
             except Diverged as error:
                 LOGGER.error("%s", error)
-                _forgiving(lambda: queue.remove(run_id))
+                _forgiving(partial(queue.remove, run_id))
             finally:
                 leased.clear()
                 voice.say(run=None, rows=None, figures=None, waiting_for=None)
-                _forgiving(lambda: queue.release(run_id))
+                _forgiving(partial(queue.release, run_id))
     finally:
         heartbeat.close()
         voice.leave()
@@ -299,9 +300,7 @@ def set_up_strict(strict: bool, place: Workplace) -> None:
     torch.use_deterministic_algorithms(strict)
 
 
-def _check_environment(
-    runs: ObjectStore, run_id: str, environment: dict[str, Any], strict: bool
-) -> None:
+def _check_environment(runs: ObjectStore, run_id: str, environment: dict[str, Any], strict: bool) -> None:
     head = newest_head(runs, run_id)
     if head is None or not head.checkpoint or head.environment == environment:
         return

@@ -114,7 +114,13 @@ def _fetch(name: str, revision: str | None) -> ModelFiles:
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
             etag_timeout=5,
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+    ) as error:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
             f"model.name: {name} is neither a directory here nor reachable on the hub{at} "

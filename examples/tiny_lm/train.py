@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from baselines import interpolated_bigram, unigram
+from model_card import write_model_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from baselines import interpolated_bigram, unigram
-from model_card import write_model_card
 from penstock.producer.text import Document, is_held_out, read_documents, standard_library_paths
 
 END_OF_TEXT = "<|endoftext|>"
@@ -224,7 +224,10 @@ def main() -> None:
         if step % 20 == 0:
             rate = (step + 1) * args.batch * CONTEXT / (time.time() - started)
             left = (args.steps - step) * args.batch * CONTEXT / rate
-            print(f"step {step} loss {loss:.3f} {rate:.0f} tokens/s {left / 60:.0f} min left", flush=True)
+            print(
+                f"step {step} loss {loss:.3f} {rate:.0f} tokens/s {left / 60:.0f} min left",
+                flush=True,
+            )
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             figures |= {"steps": step + 1, "batch_tokens": args.batch * CONTEXT, "seed": args.seed}
             save(model, tokenizer, args.out)

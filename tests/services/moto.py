@@ -33,9 +33,7 @@ class MotoServer:
             with writing:
                 return list(application(environ, start_response))
 
-        self._server = make_server(
-            "127.0.0.1", 0, serialised, threaded=True, request_handler=_QuietHandler
-        )
+        self._server = make_server("127.0.0.1", 0, serialised, threaded=True, request_handler=_QuietHandler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()

@@ -105,9 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = reply.getheader("Content-Length") if self.command == "HEAD" else None
         self._reply(reply.status, kept, content, length)
 
-    def _reply(
-        self, status: int, headers: dict[str, str], content: bytes, length: str | None = None
-    ) -> None:
+    def _reply(self, status: int, headers: dict[str, str], content: bytes, length: str | None = None) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from contracts.objects import ObjectStoreContract
 
+from contracts.objects import ObjectStoreContract
 from penstock.common.errors import StoreError
 from penstock.store.local import LocalStore
 from penstock.store.objects import ObjectStore, open_store
@@ -127,9 +127,7 @@ def test_a_file_system_without_hard_links_is_refused(
     assert list(Path(store.url).rglob("*")) == [], "nothing is left behind"
 
 
-def test_a_link_whose_reply_was_lost_is_ours(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_whose_reply_was_lost_is_ours(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.link
 
     def link_and_lose_the_reply(source: str, target: str) -> None:
@@ -156,7 +154,7 @@ def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     store = LocalStore(str(tmp_path / "file" / "store"))
     for call in (store.probe, lambda: store.put("a", b"")):
-        with pytest.raises(StoreError, match="file/store.*Not a directory"):
+        with pytest.raises(StoreError, match=r"file/store.*Not a directory"):
             call()
     assert not store.exists("a")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from contracts.objects import ObjectStoreContract
-from services.moto import MotoServer
-from services.proxy import FaultProxy
 
+from contracts.objects import ObjectStoreContract
 from penstock.common.errors import ObjectMissing, PenstockError, StoreError, Unavailable
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.s3 import S3Store
+from services.moto import MotoServer
+from services.proxy import FaultProxy
 
 SECRET = "not-to-be-seen-in-any-message"
 
@@ -46,9 +46,7 @@ def test_prefixes_are_apart(bucket: str) -> None:
     assert sorted(whole.list("")) == [("a/x", 1), ("ab/x", 2)]
 
 
-def test_a_listing_of_several_pages_is_whole(
-    store: S3Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_listing_of_several_pages_is_whole(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
     for number in range(7):
         store.create(f"{number}", b"")
@@ -94,17 +92,13 @@ def test_a_create_whose_reply_was_lost_knows_its_own_object(
     assert list(store.list("")) == [("a", 1)]
 
 
-def test_a_lost_reply_does_not_claim_the_equal_object_of_another(
-    proxy: FaultProxy, store: S3Store
-) -> None:
+def test_a_lost_reply_does_not_claim_the_equal_object_of_another(proxy: FaultProxy, store: S3Store) -> None:
     assert S3Store(store.url).create("a", b"1")
     proxy.lost_put_replies = 1
     assert store.create("a", b"1") is False
 
 
-def test_a_412_that_does_not_name_the_condition_means_exists(
-    proxy: FaultProxy, store: S3Store
-) -> None:
+def test_a_412_that_does_not_name_the_condition_means_exists(proxy: FaultProxy, store: S3Store) -> None:
     store.create("a", b"1")
     proxy.answers = iter([(412, "PreconditionFailed")])
     assert store.create("a", b"2") is False
@@ -124,9 +118,7 @@ def test_a_412_that_does_not_name_the_condition_means_exists(
         (409, "OperationAborted"),
     ],
 )
-def test_a_passing_refusal_is_waited_out(
-    proxy: FaultProxy, store: S3Store, status: int, code: str
-) -> None:
+def test_a_passing_refusal_is_waited_out(proxy: FaultProxy, store: S3Store, status: int, code: str) -> None:
     proxy.answers = iter([(status, code)] * 2)
     assert store.create("a", b"1") is True
     assert proxy.puts("a") == 3
@@ -202,9 +194,7 @@ def test_probe_refuses_an_endpoint_that_cannot_settle_a_create(
     assert list(store.list("")) == []
 
 
-def test_an_endpoint_that_does_not_know_the_condition_is_refused(
-    proxy: FaultProxy, store: S3Store
-) -> None:
+def test_an_endpoint_that_does_not_know_the_condition_is_refused(proxy: FaultProxy, store: S3Store) -> None:
     proxy.answers = iter([(501, "NotImplemented")])
     with pytest.raises(StoreError) as refusal:
         store.probe()
@@ -279,9 +269,7 @@ def test_a_wrong_setting_is_named(
     check_message(refusal.value, store.url, what)
 
 
-@pytest.mark.parametrize(
-    "url", ["s3://", "s3:///key", "s3://bucket/a?b=c", f"s3://user:{SECRET}@bucket/a"]
-)
+@pytest.mark.parametrize("url", ["s3://", "s3:///key", "s3://bucket/a?b=c", f"s3://user:{SECRET}@bucket/a"])
 def test_a_url_of_another_form_is_refused(url: str) -> None:
     with pytest.raises(StoreError) as refusal:
         open_store(url)

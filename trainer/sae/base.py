@@ -82,6 +82,8 @@ class SAE(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.folded_scale: float | None = None
+        """The input scale that was folded into the weights, if it was."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -105,8 +107,11 @@ class SAE(nn.Module, ABC):
         """
 
     def directions(self) -> Tensor:
-        """[S, D] decoder rows of unit norm."""
-        return self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
+        """[S, D] decoder rows of unit norm (of norm 1/scale once the scale is folded)."""
+        if self.folded_scale is not None:
+            return self.W_dec
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        return self.W_dec / norms
 
     @torch.no_grad()
     def initialise(self, seed: int, mean: Tensor | None) -> None:
@@ -129,10 +134,10 @@ class SAE(nn.Module, ABC):
     def fold_scale(self, scale: float) -> None:
         """Make a module trained on x·scale take raw x: W_enc·s, W_dec of unit norm / s, b_dec / s.
 
-        Feature activations keep their value; `directions` then returns W_dec as it is.
+        Feature activations keep their value.
         """
         folded = self.directions() / scale
+        self.folded_scale = scale
         self.W_enc.mul_(scale)
         self.W_dec.copy_(folded)
         self.b_dec.div_(scale)
-        self.directions = lambda: self.W_dec  # type: ignore[method-assign]

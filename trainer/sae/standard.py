@@ -1,10 +1,11 @@
 """ReLU autoencoder with an L1 penalty ("Taking features out of superposition with sparse
 autoencoders", interim report, 2022).
 
-    f = ReLU((x − b_dec) W_enc + b_enc),   x̂ = f W_dec + b_dec,   rows of W_dec of unit norm in the forward pass
+    f = ReLU((x − b_dec) W_enc + b_enc),   x̂ = f W_dec + b_dec
     loss = mean_rows Σ_d (x − x̂)² + λ(step) · mean_rows Σ_s f
 
-The report divides the reconstruction error by D and the penalty by S; its α is λ·S/D here.
+with rows of W_dec of unit norm in the forward pass. The report divides the reconstruction error by D
+and the penalty by S; its α is λ·S/D here.
 """
 
 from typing import Literal

@@ -1,0 +1,50 @@
+# Every target sets itself up in .venv; nothing but Python 3.11+, make and a package index is needed.
+PYTHON ?= python3
+WORKDIR ?= demo
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help install demo test test-services check format bench clean
+
+help:
+	@echo "make demo WORKDIR=dir   language model -> activations -> SAEs -> report, on this machine"
+	@echo "make test               tests that need nothing but Python packages"
+	@echo "make test-services      tests against servers and a browser from Debian packages"
+	@echo "make check              ruff and mypy"
+	@echo "make bench              measure loader, step and harvest against their limits"
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+install: .venv/installed
+
+demo: .venv/installed
+	$(BIN)/penstock run examples/demo.yaml --workdir $(WORKDIR)
+
+test: .venv/installed-dev
+	$(BIN)/pytest -m "not services"
+
+test-services: .venv/installed-dev
+	$(BIN)/pytest -m services
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed-dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
