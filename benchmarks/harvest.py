@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, take_turns
+from benchmarks.measure import Case, Work, take_turns
 from penstock.common.model.files import ModelFiles, ModelSettings, find_model, load_tokenizer
 from penstock.common.model.language_model import LanguageModel
 from penstock.producer.corpus import CorpusSettings, ensure_corpus
@@ -46,7 +46,7 @@ def _compare(corpus: Corpus, model: LanguageModel, rounds: int) -> Case:
     dataset = DatasetSettings(hooks=HOOKS, sequences_per_chunk=SEQUENCES, sequences_per_forward=PER_FORWARD)
     source = LanguageModelSource(plan_dataset(dataset, corpus, model), corpus, model)
     bare = _bare_model(model.files)
-    batches = list(torch.from_numpy(corpus.tokens(0, SEQUENCES)).long().split(PER_FORWARD))
+    batches = list(torch.split(torch.from_numpy(corpus.tokens(0, SEQUENCES)).long(), PER_FORWARD))
 
     def through_bridge() -> None:
         with torch.inference_mode():
@@ -58,14 +58,14 @@ def _compare(corpus: Corpus, model: LanguageModel, rounds: int) -> Case:
             return [bare(input_ids=tokens, use_cache=False).last_hidden_state for tokens in batches]
 
     _check_same(source, torch.cat(batches), torch.cat(through_hugging_face()))
-    contenders = {
+    contenders: dict[str, Work] = {
         "LanguageModelSource": lambda: source.chunk(0),
         "bridge, no capture": through_bridge,
         "Hugging Face, no capture": through_hugging_face,
     }
     return Case(
         "harvest",
-        f"{model.files.name}, 2 hook points, first {LAYERS} layers, {PER_FORWARD} × {CONTEXT} tokens per pass",
+        f"{model.files.name}, 2 hook points, {LAYERS} layers, {PER_FORWARD} × {CONTEXT} tokens per pass",
         "tokens/s",
         TOKENS,
         torch.get_num_threads(),

@@ -15,16 +15,19 @@ class _Plain(logging.Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         fields = " ".join(f"{k}={v}" for k, v in _extra(record).items())
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return f"{clock} {level}{record.getMessage()}{'  ' + fields if fields else ''}"
+        line = f"{clock} {level}{record.getMessage()}{'  ' + fields if fields else ''}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        entry = {
+        entry: dict[str, object] = {
             "time": record.created,
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry | _extra(record), default=str)
 
 

@@ -1,12 +1,12 @@
 """The Redis connection, and a Valkey server of our own for machines that have none."""
 
 import os
+import re
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 from pydantic import Field
@@ -70,9 +70,15 @@ def connect(settings: RedisSettings) -> Client:
             **options,
         )
     except ValueError as error:
-        raise ConfigError(f"redis.url: {error}") from error
+        # the error's own words may quote a part of the password
+        raise ConfigError(
+            f"redis.url: {without_password(url)} is not a Redis url; use redis://host:port/db, rediss://… "
+            "or unix:///path, with special characters in a password percent-encoded"
+        ) from error
     try:
         client.ping()
+    except TypeError as error:
+        raise ConfigError(f"redis.url: {without_password(url)} has an unknown option: {error}") from error
     except redis.RedisError as error:
         raise Unavailable(
             f"redis.url: no Redis at {without_password(url)} ({error}); is the server up and the url right?"
@@ -82,11 +88,9 @@ def connect(settings: RedisSettings) -> Client:
 
 def without_password(url: str) -> str:
     """A URL fit for logs."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rsplit("@", 1)[-1]
-    return parts._replace(netloc=f"{parts.username or ''}:***@{host}").geturl()
+    # not by urlsplit: it sees no password in a url whose password holds a slash
+    url = re.sub(r"(//[^:/@]*:).*@", r"\1***@", url)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
 
 
 class EmbeddedServer:
@@ -119,6 +123,13 @@ class EmbeddedServer:
                     last = log.strip().splitlines()[-1:] or ["no output"]
                     raise Unavailable(f"the embedded Valkey server does not start: {last[0]}") from error
                 time.sleep(0.02)
+
+    def ensure(self) -> bool:
+        """Start the server again if it died; True if it had to be."""
+        if self.process.poll() is None:
+            return False
+        self.process = self._start()
+        return True
 
     def close(self) -> None:
         """Stop the server; what it holds stays in its append-only file."""

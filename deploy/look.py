@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -187,11 +186,11 @@ def _verify_run(url: str, on_fault: Callable[[str], None]) -> str:
         try:
             if head.history:
                 runs.get_record(f"{run_id}/{head.history}")
-            folders = {str(Path(f.key).parents[1]) for f in head.checkpoint.values()}
+            folder = head.checkpoint_folder
             # older checkpoints were collected on purpose
-            if folders and len({*kept, *folders}) <= CHECKPOINTS_KEPT:
+            if folder and folder not in kept and len(kept) < CHECKPOINTS_KEPT:
+                kept.append(folder)
                 load_checkpoint(runs, run_id, head)
-                kept += sorted(folders)
         except DataError as error:
             on_fault(str(error))
     return f"run {runs.url}/{run_id}: {len(heads)} heads"

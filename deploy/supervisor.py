@@ -12,18 +12,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from penstock.common.errors import ConfigError, ObjectMissing, PenstockError, Unavailable, UserError
+from penstock.common.errors import ConfigError, PenstockError, Unavailable, UserError
 from penstock.common.logs import LOGGER
 from penstock.common.process import stop_on_signals
 from penstock.common.redis import URL_VARIABLE, EmbeddedServer
 from penstock.deploy.config import Config
 from penstock.deploy.progress import Progress
 from penstock.deploy.state import CONFIG_FILE, REDIS_FILE, State, read_state
+from penstock.store.layout import MANIFEST
 from penstock.store.objects import open_store
 
+DONE_FILE = "done.json"
+"""Written when everything succeeded: the config it was done for."""
 POLL_SECONDS = 0.5
 RESTARTS = 5
 """Deaths within a child's first seconds of life before the supervisor gives up."""
@@ -44,7 +48,7 @@ class Child:
     started: float = 0.0
     quick_deaths: int = 0
     done: bool = False
-    start_at: float = field(default=0.0)
+    start_at: float = 0.0
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -145,15 +149,21 @@ def run(config: Config) -> int:
 
     try:
         with Progress(config, server) as progress:
-            _run_to_end(child("corpus", "corpus", str(config_file)), progress, stop)
+            watch = partial(_watch, children, server, progress, stop)
+            corpus = child("corpus", "corpus", str(config_file))
+            watch(lambda: corpus.done)
             for number in range(config.producers):
                 child(f"producer-{number}", "produce", str(config_file))
-            _submit_when_planned(config, children, progress, stop)
+            if config.runs:
+                _submit_when_planned(config, watch, stop)
             for number in range(config.trainers):
                 child(f"trainer-{number}", "train", "--drain", str(config_file))
-            _watch(lambda: all(c.done for c in children), children, progress, stop)
-            for run_id in read_state(config).runs:
-                _report(config, config_file, run_id, child, progress, stop)
+            watch(lambda: all(c.done for c in children))
+            if not stop.is_set():
+                for name, arguments in _reports(config, config_file).items():
+                    child(name, *arguments)
+                    # one after the other: each loads the model and uses the whole machine
+                    watch(lambda: all(c.done for c in children))
     finally:
         _stop_all(children)
         if server is not None:
@@ -173,9 +183,6 @@ def run(config: Config) -> int:
     return 0
 
 
-DONE_FILE = "done.json"
-
-
 def _same_as_before(config: Config) -> bool:
     done = config.directory / DONE_FILE
     if not done.is_file() or not (config.directory / "report.html").is_file():
@@ -183,14 +190,16 @@ def _same_as_before(config: Config) -> bool:
     return bool(json.loads(done.read_text()) == json.loads(config.model_dump_json()))
 
 
-def _run_to_end(child: Child, progress: Progress, stop: threading.Event) -> None:
-    _watch(lambda: child.done, [child], progress, stop)
-
-
 def _watch(
-    finished: Callable[[], bool], children: list[Child], progress: Progress, stop: threading.Event
+    children: list[Child],
+    server: EmbeddedServer | None,
+    progress: Progress,
+    stop: threading.Event,
+    finished: Callable[[], bool],
 ) -> None:
     while not stop.is_set() and not finished():
+        if server is not None and server.ensure():
+            LOGGER.warning("the embedded Valkey server had ended; started it again")
         for child in children:
             child.check()
         progress.update()
@@ -198,40 +207,31 @@ def _watch(
 
 
 def _submit_when_planned(
-    config: Config, children: list[Child], progress: Progress, stop: threading.Event
+    config: Config, watch: Callable[[Callable[[], bool]], None], stop: threading.Event
 ) -> None:
     """Runs pin the dataset's manifest, which the first producer writes."""
-    if not config.runs:
-        return
-
-    def planned() -> bool:
-        return open_store(config.dataset.url).exists("manifest.json")
-
-    if not config.producers and not planned():
+    store = open_store(config.dataset.url)
+    if not config.producers and not store.exists(MANIFEST):
         raise Unavailable(f"dataset.url: no dataset at {config.dataset.url}, and producers is 0")
-    _watch(planned, children, progress, stop)
+    watch(lambda: store.exists(MANIFEST))
     if not stop.is_set():
         from penstock.deploy.processes import submit
 
         submit(config)
 
 
-def _report(
-    config: Config,
-    config_file: Path,
-    run_id: str,
-    child: Callable[..., Child],
-    progress: Progress,
-    stop: threading.Event,
-) -> None:
-    """The first run's report lies in the work directory, every run's in its own folder below runs/."""
-    state = read_state(config)
-    if stop.is_set() or state.runs[run_id].status != "done":
-        return
-    first = run_id == next(iter(state.runs))
-    out = config.directory if first else config.directory / "reports" / run_id
-    arguments = ("report", str(config_file), f"{config.runs_url}/{run_id}", "--out", str(out))
-    _run_to_end(child(f"report-{run_id}", *arguments), progress, stop)
+def _reports(config: Config, config_file: Path) -> dict[str, list[str]]:
+    """Arguments of the report child of each finished run.
+
+    The first run's report lies in the work directory, the others' in folders of their own.
+    """
+    found = {}
+    for number, (run_id, run) in enumerate(read_state(config).runs.items()):
+        out = config.directory / "reports" / run_id if number else config.directory
+        if run.status == "done":
+            run_url = f"{config.runs_url}/{run_id}"
+            found[f"report-{run_id}"] = ["report", str(config_file), run_url, "--out", str(out)]
+    return found
 
 
 def _stop_all(children: list[Child]) -> None:
@@ -248,6 +248,3 @@ def _story(state: State, last: str) -> str:
     for run_id, run_state in state.runs.items():
         lines.append(f"run {run_id}: {run_state.status}, {run_state.step} steps, {run_state.rows} rows")
     return "\n".join([*lines, last])
-
-
-__all__ = ["ObjectMissing", "run"]

@@ -66,6 +66,9 @@ class Work:
                 index = self._queue.claim(self._writer.manifest.n_chunks)
                 self._answered = time.monotonic()
                 self._beat()
+                if index is not None and self._writer.store.exists(commit_key(index)):
+                    self._queue.done(index)
+                    continue
             except redis.RedisError as error:
                 self._survive(error)
                 self._wait(stop, 1.0, "redis")
@@ -73,8 +76,6 @@ class Work:
             if index is None:
                 self._wait(stop, 0.5, "claimed by others")
                 self._reconciled = -RECONCILE_SECONDS
-            elif self._writer.store.exists(commit_key(index)):
-                self._queue.done(index)
             else:
                 self.held.add(index)
                 return index

@@ -70,7 +70,7 @@ def file_paths(patterns: list[str]) -> list[tuple[str, Path]]:
     Paths are relative to the part of the pattern before its first wildcard.
 
     Raises:
-        ConfigError: a pattern matches nothing.
+        ConfigError: a pattern matches nothing, or two files have the same relative path.
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
@@ -81,7 +81,12 @@ def file_paths(patterns: list[str]) -> list[tuple[str, Path]]:
             raise ConfigError(f"corpus.files: no file matches {pattern}; check the path")
         for file in files:
             relative = file.name if file == root else file.relative_to(root).as_posix()
-            found[relative] = file
+            other = found.setdefault(relative, file)
+            if other != file:
+                raise ConfigError(
+                    f"corpus.files: {other} and {file} would both be called {relative}; use one pattern "
+                    "that begins above both"
+                )
     return sorted(found.items())
 
 

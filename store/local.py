@@ -8,6 +8,7 @@ kills.
 import contextlib
 import errno
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from penstock.common.errors import ObjectMissing, StoreError
 from penstock.store.objects import ObjectStore
 
 _TEMPORARY = ".tmp-"
+"""Temporary names are .tmp-<host>-<pid>-<random>: whose process is gone, it is nobody's."""
 _DIRECTORY_TRIES = 100
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.ENOSYS}
 
@@ -106,6 +108,7 @@ class LocalStore(ObjectStore):
                 break
 
     def probe(self) -> None:
+        self._sweep()
         key = f".probe-{uuid.uuid4().hex}"
         first = self.create(key, b"1")
         try:
@@ -115,8 +118,18 @@ class LocalStore(ObjectStore):
         finally:
             self.delete(key)
 
+    def _sweep(self) -> None:
+        """Remove what killed processes of this host left unfinished."""
+        ours = f"{_TEMPORARY}{socket.gethostname()}-"
+        for directory, _, names in os.walk(self.root):
+            for name in names:
+                pid = name.removeprefix(ours).split("-")[0]
+                if name.startswith(ours) and pid.isdigit() and not _is_alive(int(pid)):
+                    (Path(directory) / name).unlink(missing_ok=True)
+
     def _write_temporary(self, final: Path, data: bytes) -> Path:
-        temporary = final.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        name = f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+        temporary = final.parent / name
         try:
             with _open_new(temporary) as file:
                 file.write(data)
@@ -150,3 +163,13 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -71,6 +71,13 @@ class Head:
     def terminal(self) -> bool:
         return self.status in TERMINAL
 
+    @property
+    def checkpoint_folder(self) -> str | None:
+        """`checkpoints/<n>-<writer>/`, below the run; None before the first checkpoint."""
+        for stored in self.checkpoint.values():
+            return "/".join(stored.key.split("/")[:2]) + "/"
+        return None
+
     def record(self) -> dict[str, Any]:
         return asdict(self) | {"format_version": FORMAT_VERSION}
 
@@ -220,14 +227,17 @@ class Lineage:
         """Remove checkpoints behind the ones kept. Only the writer of the newest head may."""
         kept: list[str] = []
         for head in chain(self.runs, self.run_id, self.head):
-            prefixes = {f"{self.run_id}/{f.key.rsplit('/', 1)[0]}/" for f in head.checkpoint.values()}
-            kept += [prefix for prefix in sorted(prefixes) if prefix not in kept]
-            if len(kept) >= CHECKPOINTS_KEPT:
+            folder = head.checkpoint_folder
+            if folder is not None and folder not in kept:
+                kept.append(folder)
+            if len(kept) == CHECKPOINTS_KEPT:
                 break
-        for key, _ in list(self.runs.list(f"{self.run_id}/checkpoints/")):
-            number = int(key.removeprefix(f"{self.run_id}/checkpoints/").split("-", 1)[0])
+        base = f"{self.run_id}/"
+        for key, _ in list(self.runs.list(f"{base}checkpoints/")):
+            inner = key.removeprefix(base)
+            number = int(inner.split("/")[1].split("-", 1)[0])
             # a higher number may be a checkpoint that its writer is still storing
-            if number < self.head.n and not key.startswith(tuple(kept)):
+            if number < self.head.n and not inner.startswith(tuple(kept)):
                 self.runs.delete(key)
 
 

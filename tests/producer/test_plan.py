@@ -1,0 +1,114 @@
+"""From settings to the manifest: chunk sizes, row counts, refusals."""
+
+from typing import Any
+
+import pytest
+
+from penstock.common.errors import ConfigError, ModelError
+from penstock.producer.plan import DatasetSettings, plan_dataset
+from penstock.store.corpus import Corpus
+from penstock.store.manifest import Manifest
+from services.lm import MLP_2, RESID_3, shipped_model, shipped_tokenizer
+
+MIB = 2**20
+
+
+def plan(corpus: Corpus, **changes: Any) -> Manifest:
+    base: dict[str, Any] = {"hooks": [RESID_3, MLP_2], "sequences_per_chunk": 7, "sequences_per_forward": 3}
+    return plan_dataset(DatasetSettings(**base | changes), corpus, shipped_model())
+
+
+def kept_rows(corpus: Corpus, per_chunk: int, drop_special: bool = True) -> list[int]:
+    """Rows of each chunk, counted one token at a time."""
+    n = corpus.manifest.n_sequences
+    special = shipped_tokenizer().special_ids if drop_special else []
+    tokens = corpus.tokens(0, n)
+    return [
+        sum(int(token) not in special for row in tokens[start : start + per_chunk] for token in row)
+        for start in range(0, n, per_chunk)
+    ]
+
+
+def test_rows_of_a_chunk_are_its_tokens_less_the_special_ones(small_corpus: Corpus) -> None:
+    manifest = plan(small_corpus)
+    assert manifest.rows == kept_rows(small_corpus, 7)
+    assert len(set(manifest.rows)) > 1
+    assert manifest.rows_per_chunk == 7 * 23 >= max(manifest.rows)
+    assert manifest.corpus.n_sequences == small_corpus.manifest.n_sequences
+    assert [(hook.name, hook.d_in) for hook in manifest.hooks] == [(RESID_3, 192), (MLP_2, 768)]
+
+
+def test_special_rows_can_be_kept(small_corpus: Corpus) -> None:
+    manifest = plan(small_corpus, drop_special=False)
+    assert manifest.rows == kept_rows(small_corpus, 7, drop_special=False)
+    assert manifest.rows_per_chunk == 7 * 24 == manifest.rows[0]
+
+
+@pytest.mark.parametrize("hooks", [[RESID_3], [RESID_3, MLP_2]])
+def test_chosen_chunks_have_objects_of_at_most_32_mib(small_corpus: Corpus, hooks: list[str]) -> None:
+    manifest = plan(small_corpus, hooks=hooks, sequences_per_chunk=None)
+    widest = max(hook.d_in for hook in manifest.hooks)
+    largest = manifest.sequences_per_chunk * 24 * widest * 2
+    assert largest <= 32 * MIB < 2 * largest
+
+
+def test_max_rows_takes_the_fewest_whole_chunks_that_suffice(small_corpus: Corpus) -> None:
+    every = kept_rows(small_corpus, 7)
+    for wanted in (1, every[0], every[0] + 1, sum(every[:5]), sum(every)):
+        manifest = plan(small_corpus, max_rows=wanted)
+        n = manifest.n_chunks
+        assert manifest.rows == every[:n]
+        assert sum(every[: n - 1]) < wanted <= sum(every[:n])
+        assert manifest.corpus.n_sequences == min(7 * n, small_corpus.manifest.n_sequences)
+
+
+def test_more_rows_than_there_is_text_for_are_refused(small_corpus: Corpus) -> None:
+    total = sum(kept_rows(small_corpus, 7))
+    with pytest.raises(ConfigError, match=rf"dataset\.max_rows: {total + 1} rows .* gives {total}"):
+        plan(small_corpus, max_rows=total + 1)
+
+
+def test_an_unknown_hook_names_near_ones(small_corpus: Corpus) -> None:
+    with pytest.raises(ModelError, match=r"no hook 'blocks\.3\.hook_resid_pst'.*blocks\.3\.hook_resid_post"):
+        plan(small_corpus, hooks=["blocks.3.hook_resid_pst"])
+    with pytest.raises(ModelError, match=r"penstock inspect --model"):
+        plan(small_corpus, hooks=["%%%"])
+
+
+def test_a_hook_without_one_vector_per_position_is_refused(small_corpus: Corpus) -> None:
+    with pytest.raises(ModelError, match=r"blocks\.2\.attn\.hook_pattern does not hold one vector"):
+        plan(small_corpus, hooks=["blocks.2.attn.hook_pattern"])
+
+
+def test_a_hook_listed_twice_is_refused(small_corpus: Corpus) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.hooks: a hook is listed twice"):
+        plan(small_corpus, hooks=[RESID_3, RESID_3])
+
+
+def test_a_context_the_model_cannot_read_is_refused(small_corpus: Corpus) -> None:
+    longer = small_corpus.manifest.model_copy(update={"context": 257})
+    with pytest.raises(ConfigError, match=r"corpus\.context: 257 tokens, but .* at most 256"):
+        plan(Corpus(small_corpus.store, longer))
+
+
+def test_a_chunk_too_large_to_create_exclusively_is_refused(small_corpus: Corpus) -> None:
+    sequences = 64 * MIB // (24 * 768 * 2) + 1
+    with pytest.raises(ConfigError, match=r"dataset\.sequences_per_chunk: .* must stay under 64 MiB"):
+        plan(small_corpus, sequences_per_chunk=sequences)
+
+
+def test_everything_that_decides_the_bits_is_in_the_manifest(small_corpus: Corpus) -> None:
+    import torch
+
+    manifest = plan(small_corpus)
+    assert manifest.numerics.torch == torch.__version__
+    assert (manifest.numerics.threads, manifest.numerics.sequences_per_forward) == (1, 3)
+    assert manifest.numerics.compute_dtype == "float32"
+    assert manifest.numerics.attention == "eager"
+    assert manifest.numerics.device.startswith("cpu ")
+    assert manifest.corpus.digest == small_corpus.manifest.digest
+    assert manifest.source.weights_sha256 == shipped_model().files.weights_sha256()
+    same = plan(small_corpus)
+    assert same.digest == manifest.digest
+    for change in ({"seed": 1}, {"sequences_per_forward": 4}, {"sequences_per_chunk": 8}):
+        assert plan(small_corpus, **change).digest != manifest.digest

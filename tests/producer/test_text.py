@@ -1,0 +1,164 @@
+"""Documents: which files, in which order, under which names, and which are held out."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from penstock.common.errors import ConfigError
+from penstock.producer.text import (
+    HELD_OUT_RULE,
+    Document,
+    dataset_documents,
+    file_paths,
+    is_held_out,
+    read_documents,
+    standard_library_paths,
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "held_out"),
+    [
+        ("getopt.py", True),
+        ("numbers.py", True),
+        ("tokenize.py", True),
+        ("asyncio/threads.py", True),
+        ("row-000000010", True),
+        ("abc.py", False),
+        ("ast.py", False),
+        ("json/decoder.py", False),
+        ("row-000000000", False),
+    ],
+)
+def test_the_held_out_rule_never_changes(path: str, held_out: bool) -> None:
+    assert is_held_out(path) is held_out
+
+
+def test_the_rule_in_words_is_the_rule() -> None:
+    assert HELD_OUT_RULE == "sha256('held-out:' + path)[:8] mod 20 == 0"
+    for number in range(200):
+        path = f"paket/größe-{number}.py"
+        digest = hashlib.sha256(("held-out:" + path).encode("utf-8")).hexdigest()
+        assert is_held_out(path) == (int(digest[:16], 16) % 20 == 0)
+
+
+def test_about_one_document_in_twenty_is_held_out() -> None:
+    share = sum(is_held_out(f"document-{number}") for number in range(20_000)) / 20_000
+    assert 0.045 < share < 0.055
+
+
+def test_the_standard_library_is_sources_only() -> None:
+    paths = standard_library_paths()
+    names = [name for name, _ in paths]
+    assert names == sorted(names)
+    assert {"ast.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for name, file in paths:
+        assert file == root / name
+        assert name.endswith(".py")
+        parts = name.split("/")
+        assert not {"site-packages", "dist-packages", "__pycache__"}.intersection(parts)
+        assert not any(part.startswith(("_sysconfigdata", "config-")) for part in parts)
+
+
+def test_what_lies_beside_the_standard_library_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "a.py",
+        "b/c.py",
+        "b/notes.txt",
+        "site-packages/other/d.py",
+        "dist-packages/e.py",
+        "b/__pycache__/f.py",
+        "config-3.11-x86_64-linux-gnu/g.py",
+        "_sysconfigdata__linux_x86_64-linux-gnu.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert [name for name, _ in standard_library_paths()] == ["a.py", "b/c.py"]
+
+
+def test_files_that_are_not_utf8_or_empty_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("größe".encode("latin-1"))
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "good").write_bytes("größe\r\n".encode())
+    paths = [(name, tmp_path / name) for name in ("latin", "good", "empty", "good")]
+    assert list(read_documents(paths)) == [Document("good", "größe\r\n")] * 2
+
+
+def test_paths_are_relative_to_the_part_before_the_first_wildcard(tmp_path: Path) -> None:
+    for name in ("docs/b/two.txt", "docs/a.txt", "docs/b/c/three.txt", "docs/skipped.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = file_paths([str(tmp_path / "docs" / "**" / "*.txt")])
+    assert found == [
+        ("a.txt", tmp_path / "docs/a.txt"),
+        ("b/c/three.txt", tmp_path / "docs/b/c/three.txt"),
+        ("b/two.txt", tmp_path / "docs/b/two.txt"),
+    ]
+    one_folder = file_paths([str(tmp_path / "d?cs" / "b" / "*.txt")])
+    assert [name for name, _ in one_folder] == ["docs/b/two.txt"]
+    plain = file_paths([str(tmp_path / "docs" / "b" / "two.txt")])
+    assert plain == [("two.txt", tmp_path / "docs/b/two.txt")]
+
+
+def test_a_file_found_by_two_patterns_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    patterns = [str(tmp_path / "*.txt"), str(tmp_path / "a*")]
+    assert file_paths(patterns) == [("a.txt", tmp_path / "a.txt")]
+
+
+def test_different_files_of_one_relative_path_are_both_kept_or_refused(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.txt").write_text(folder)
+    patterns = [str(tmp_path / "one" / "*.txt"), str(tmp_path / "two" / "*.txt")]
+    with pytest.raises(ConfigError, match=r"corpus\.files.*same\.txt"):
+        file_paths(patterns)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "folder").mkdir()
+    for pattern in ("*.md", "fold*"):
+        with pytest.raises(ConfigError, match=r"corpus\.files: no file matches"):
+            file_paths([str(tmp_path / "*.txt"), str(tmp_path / pattern)])
+
+
+@pytest.fixture
+def saved_dataset(tmp_path: Path) -> Path:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["first", "", "third"], "body": ["x", "y", "z"]})
+    table.save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def test_rows_of_a_saved_dataset_are_documents(saved_dataset: Path) -> None:
+    assert list(dataset_documents(str(saved_dataset), "text")) == [
+        Document("row-000000000", "first"),
+        Document("row-000000002", "third"),
+    ]
+    assert [d.text for d in dataset_documents(str(saved_dataset), "body")] == ["x", "y", "z"]
+
+
+def test_the_training_split_of_a_saved_dataset_is_taken(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("test", "train")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "both"))
+    assert list(dataset_documents(str(tmp_path / "both"), "text")) == [Document("row-000000000", "train")]
+
+
+def test_a_dataset_that_cannot_be_read_is_refused(saved_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"corpus\.dataset: .*nowhere is not a directory"):
+        list(dataset_documents(str(tmp_path / "nowhere"), "text"))
+    with pytest.raises(ConfigError, match=r"corpus\.column: no column 'txt'.*Did you mean text"):
+        list(dataset_documents(str(saved_dataset), "txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"corpus\.dataset: .*cannot be read"):
+        list(dataset_documents(str(tmp_path / "empty"), "text"))

@@ -1,0 +1,97 @@
+"""Small datasets without a language model: rows are sparse sums of random directions, from a seed."""
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from penstock.store.arrays import BFLOAT16
+from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.store.layout import FORMAT_VERSION
+from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
+from penstock.store.objects import open_store
+
+RESID, MLP = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
+WIDTHS = {RESID: 8, MLP: 16}
+CHUNKS = 16
+ROWS_PER_CHUNK = 210
+CONTEXT = 21
+ROWS = [190 + (7 * index) % 21 for index in range(CHUNKS)]
+"""Rows differ from chunk to chunk, as they do where special tokens are left out."""
+
+
+def make_manifest(rows: list[int] | None = None, hooks: dict[str, int] | None = None) -> Manifest:
+    """The plan of a synthetic dataset."""
+    rows = ROWS if rows is None else rows
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        corpus=CorpusPin(
+            digest="c" * 64,
+            description="synthetic",
+            n_sequences=10 * len(rows),
+            context=CONTEXT,
+            tokenizer_sha256="t" * 64,
+            special_ids=[0],
+            bos="none",
+            held_out_rule="none",
+        ),
+        source=SourcePin(
+            kind="synthetic", name="synthetic", revision=None, weights_sha256="w" * 64, drop_special=True
+        ),
+        numerics=Numerics(
+            device="none",
+            torch="none",
+            threads=1,
+            compute_dtype="float32",
+            attention="none",
+            sequences_per_forward=10,
+            allow_mixed=False,
+        ),
+        hooks=[HookSpec(name=name, d_in=width) for name, width in (hooks or WIDTHS).items()],
+        sequences_per_chunk=10,
+        rows_per_chunk=ROWS_PER_CHUNK,
+        rows=rows,
+        seed=3,
+        codec="bytes+crc32c",
+    )
+
+
+class SyntheticSource:
+    """Makes chunks of a synthetic dataset: a pure function of (manifest, index)."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def chunk(self, index: int) -> Chunk:
+        rows = self._manifest.rows[index]
+        place = np.arange(rows)
+        return Chunk(
+            index=index,
+            acts={hook.name: self._acts(index, rows, hook) for hook in self._manifest.hooks},
+            tokens=(1 + place % 50).astype(np.int32),
+            sequence=(10 * index + place // CONTEXT).astype(np.int64),
+            position=(place % CONTEXT).astype(np.int32),
+        )
+
+    def _acts(self, index: int, rows: int, hook: HookSpec) -> "np.ndarray[tuple[int, int], np.dtype[np.generic]]":
+        salt = zlib.crc32(hook.name.encode())
+        directions = np.random.default_rng(salt).standard_normal((2 * hook.d_in, hook.d_in))
+        random = np.random.default_rng([salt, index])
+        strengths = random.random((rows, len(directions))) * (random.random((rows, len(directions))) < 0.1)
+        acts = strengths @ directions + 0.05 * random.standard_normal((rows, hook.d_in)) + 0.3
+        return acts.astype(np.float32).astype(BFLOAT16)
+
+
+def write_dataset(
+    directory: Path, manifest: Manifest | None = None, indices: Iterable[int] | None = None
+) -> Dataset:
+    """Write chunks of a synthetic dataset (all of them by default) and open it."""
+    manifest = manifest or make_manifest()
+    store = open_store(str(directory))
+    writer = DatasetWriter(store, manifest)
+    source = SyntheticSource(manifest)
+    for index in range(manifest.n_chunks) if indices is None else indices:
+        writer.write(index, source.chunk(index))
+    writer.close()
+    return Dataset(store, manifest)
