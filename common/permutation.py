@@ -14,7 +14,7 @@ _GAMMA = 0x9E3779B97F4A7C15
 
 
 def derive_key(seed: int, *purpose: str | int) -> int:
-    """A 64-bit key for one use of a seed, e.g. `derive_key(0, "window", epoch, index)`."""
+    """A 64-bit key for one use of a seed, e.g. `derive_key(0, "window", 3)`."""
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 

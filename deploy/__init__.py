@@ -1,1 +1,1 @@
-"""Where processes are put together: the command line, the one-machine supervisor, examples."""
+"""Where processes are put together: the command line, the one-machine supervisor."""

@@ -14,7 +14,9 @@ CONFIG = click.argument("config")
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="penstock")
-def cli() -> None:
+@click.option("--metrics-port", type=int, help="Port for /metrics; overrides the config's.")
+@click.pass_context
+def cli(context: click.Context, metrics_port: int | None) -> None:
     """Language-model activations into sparse autoencoders.
 
     Most commands take CONFIG, a YAML file; `penstock config --schema` lists every setting.
@@ -26,6 +28,10 @@ def _load(path: str, workdir: str | None = None) -> Any:
     from penstock.deploy.config import load_config
 
     config = load_config(path, workdir)
+    port = click.get_current_context().find_root().params.get("metrics_port")
+    if port is not None:
+        metrics = config.metrics.model_copy(update={"port": port})
+        config = config.model_copy(update={"metrics": metrics})
     set_up_logging(config.json_logs)
     return config
 
@@ -148,7 +154,7 @@ def inspect(url: str | None, model: str | None) -> None:
 @cli.command()
 @click.argument("url")
 def verify(url: str) -> None:
-    """Check every byte of a dataset, corpus or run; exit code 1 if anything is wrong."""
+    """Check a dataset, corpus or run against its checksums; exit code 1 if anything is wrong."""
     from penstock.deploy.look import verify as check
 
     faults: list[str] = []

@@ -40,7 +40,7 @@ class EvaluationSettings(Settings):
 
 
 class Config(Settings):
-    """Everything. Relative paths are below `workdir`."""
+    """Everything. Relative URLs are below `workdir`; other relative paths are below the current directory."""
 
     workdir: str = "."
     """Directory for everything that has no URL of its own; created if missing."""

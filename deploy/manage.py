@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from penstock.common.errors import ObjectMissing, UserError
+from penstock.common.errors import Fenced, ObjectMissing, UserError
 from penstock.deploy.look import kind_of
+from penstock.store.layout import reader_key
 from penstock.store.objects import ObjectStore, open_store
 
 
@@ -13,11 +14,16 @@ def cancel(run_url: str) -> str:
     from penstock.trainer.load import split_run_url
 
     runs, run_id = split_run_url(run_url)
-    lineage = take_over(runs, run_id, environment={})
-    if lineage is None:
-        head = newest_head(runs, run_id)
-        return f"run {run_id} had ended already: {head.status if head else 'unknown'}"
-    head = lineage.end("cancelled", "cancelled by command")
+    while True:
+        lineage = take_over(runs, run_id, environment={})
+        if lineage is None:
+            ended = newest_head(runs, run_id)
+            return f"run {run_id} had ended already: {ended.status if ended else 'unknown'}"
+        try:
+            head = lineage.end("cancelled", "cancelled by command")
+            break
+        except Fenced:
+            continue  # a worker took it over in between
     return f"run {run_id} is cancelled at position {head.position}, step {head.step}"
 
 
@@ -42,10 +48,21 @@ def remove(url: str, really: bool) -> Iterator[str]:
         return
     # what makes it visible goes first, so that an interrupted removal leaves nothing half-usable
     first = "config.json" if kind == "run" else "manifest.json"
+    if kind == "run":
+        _unregister_reader(store)
     store.delete(first)
     for key, _ in objects:
         store.delete(key)
     yield f"deleted {kind} {store.url}: {len(objects)} objects, {size / 1e6:,.1f} MB"
+
+
+def _unregister_reader(store: ObjectStore) -> None:
+    """A run that is gone reads nothing."""
+    from penstock.trainer.config import load_run_config
+
+    base, _, run_id = store.url.rstrip("/").rpartition("/")
+    dataset_url = load_run_config(open_store(base), run_id).dataset.url
+    open_store(dataset_url).delete(reader_key(run_id))
 
 
 def _live_runs(store: ObjectStore, kind: str) -> Iterator[str]:

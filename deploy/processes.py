@@ -53,8 +53,8 @@ def produce(config: Config) -> None:
 
     model = LanguageModel(files, config.model)
     _check_tokenizer(model, corpus)
-    manifest = plan_dataset(config.dataset, corpus, model)
-    writer = DatasetWriter(store, manifest)
+    writer = DatasetWriter(store, plan_dataset(config.dataset, corpus, model))
+    manifest = writer.manifest
     _announce_build()
     LOGGER.info("producing %s", store.url, extra={"worker": worker, "port": server.port})
     queue = ChunkQueue(
@@ -62,7 +62,7 @@ def produce(config: Config) -> None:
         config.redis.lease_seconds,
     )
     presence = Presence(client, config.redis.prefix, worker)
-    work = Work(queue, writer, health.beat)
+    work = Work(queue, writer, lambda: heartbeat.beat())
     made: list[int] = []
 
     def renew() -> None:

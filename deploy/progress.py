@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import redis
 
 from penstock.common.errors import PenstockError
-from penstock.common.redis import EmbeddedServer
+from penstock.common.redis import Client, RedisSettings, connect
 from penstock.deploy.config import Config
 from penstock.deploy.state import State, read_state
 
@@ -25,13 +25,10 @@ LOOK_SECONDS = 1.0
 class Progress:
     """Looks at the store and at what workers say of themselves, and shows it."""
 
-    def __init__(self, config: Config, server: EmbeddedServer | None) -> None:
+    def __init__(self, config: Config, redis_settings: RedisSettings) -> None:
         self._config = config
-        self._client = (
-            redis.Redis.from_url(server.url, decode_responses=True, protocol=2, socket_timeout=2.0)
-            if server is not None
-            else None
-        )
+        self._redis = redis_settings
+        self._client: Client | None = None
         self._started = time.monotonic()
         self._looked = self._printed = float("-inf")
         self._rates: dict[str, tuple[float, int]] = {}
@@ -76,11 +73,10 @@ class Progress:
     def _workers(self) -> dict[str, dict[str, Any]]:
         from penstock.store.queue import Presence
 
-        if self._client is None:
-            return {}
         try:
+            self._client = self._client or connect(self._redis)
             return Presence(self._client, self._config.redis.prefix, "supervisor").everyone()
-        except redis.RedisError:
+        except (redis.RedisError, PenstockError):
             return {}
 
     def _rate(self, name: str, done: int) -> float:

@@ -30,8 +30,8 @@ DONE_FILE = "done.json"
 """Written when everything succeeded: the config it was done for."""
 POLL_SECONDS = 0.5
 RESTARTS = 5
-"""Deaths within a child's first seconds of life before the supervisor gives up."""
-QUICK_DEATH_SECONDS = 10.0
+"""Deaths in a row, each soon after a start, before the supervisor gives up."""
+QUICK_DEATH_SECONDS = 60.0
 STOP_SECONDS = 60.0
 """How long children may take to stop before they are killed."""
 
@@ -143,12 +143,15 @@ def run(config: Config) -> int:
 
     def child(name: str, *arguments: str) -> Child:
         log = directory / "logs" / f"{name}.log"
-        made = Child(name, [*arguments], log, environment)
+        # a configured port is the first child's; the others take the following ones
+        port = config.metrics.port + len(children) if config.metrics.port > 0 else config.metrics.port
+        made = Child(name, ["--metrics-port", str(port), *arguments], log, environment)
         children.append(made)
         return made
 
     try:
-        with Progress(config, server) as progress:
+        settings = config.redis.model_copy(update={"url": server.url}) if server else config.redis
+        with Progress(config, settings) as progress:
             watch = partial(_watch, children, server, progress, stop)
             corpus = child("corpus", "corpus", str(config_file))
             watch(lambda: corpus.done)

@@ -1,9 +1,9 @@
 """Building a corpus: documents, tokenised once, packed into sequences, permuted by seed.
 
-Documents are taken in an order drawn from the seed and joined, each followed by the end-of-text token;
-the stream is cut into sequences of `context` tokens, each starting with BOS if so configured. A
-sequence may thus hold parts of several documents; `document` says which. The rest that does not fill
-a sequence is left out. Held-out documents are packed likewise, apart.
+Files are taken in an order drawn from the seed (rows of a dataset in their own) and joined, each followed
+by the end-of-text token; the stream is cut into sequences of `context` tokens, each starting with BOS if so
+configured. A sequence may thus hold parts of several documents; `document` says which. The rest that does
+not fill a sequence is left out. Held-out documents are packed likewise, apart.
 """
 
 from collections.abc import Callable, Iterator
@@ -117,7 +117,7 @@ def _plan(settings: CorpusSettings, tokenizer: LoadedTokenizer) -> dict[str, obj
     return {
         "description": settings.description(),
         "tokenizer_sha256": tokenizer.sha256,
-        "special_ids": tokenizer.special_ids,
+        "special_ids": _special_ids(tokenizer),
         "bos": settings.bos,
         "context": settings.context,
         "seed": settings.seed,
@@ -125,6 +125,12 @@ def _plan(settings: CorpusSettings, tokenizer: LoadedTokenizer) -> dict[str, obj
         "max_tokens": settings.max_tokens,
         "max_held_out_tokens": settings.max_held_out_tokens,
     }
+
+
+def _special_ids(tokenizer: LoadedTokenizer) -> list[int]:
+    """The tokenizer's special tokens; BOS and end of text even if it does not mark them as such."""
+    ends = {number for number in (tokenizer.bos_id, tokenizer.eos_id) if number is not None}
+    return sorted(ends | set(tokenizer.special_ids))
 
 
 def _documents(settings: CorpusSettings) -> Iterator[Document]:
@@ -214,5 +220,5 @@ def _pack(settings: CorpusSettings, tokenizer: LoadedTokenizer, stream: _Stream,
     owner[:, lead:] = documents[: n * body].reshape(n, body)
     order = permutation(n, settings.seed, "corpus", split)
     packed, owner = packed[order], owner[order]
-    special = np.isin(packed, tokenizer.special_ids).sum(axis=1, dtype=np.int32)
+    special = np.isin(packed, _special_ids(tokenizer)).sum(axis=1, dtype=np.int32)
     return PackedText(packed, owner, special)

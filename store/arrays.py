@@ -97,6 +97,15 @@ def encode_payload(array: npt.NDArray[np.generic]) -> bytes:
     return bytes(out)
 
 
+def payload_checksum(data: bytes) -> int:
+    """The crc32c that ends a stored payload: that of its values.
+
+    Records keep this one. The crc32c of a whole payload would be the same number for every intact
+    one, because a CRC over data followed by its own CRC is a constant.
+    """
+    return int.from_bytes(data[-CRC_BYTES:], "little")
+
+
 def decode_payload(
     data: bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...], name: str
 ) -> npt.NDArray[np.generic]:
@@ -109,6 +118,6 @@ def decode_payload(
     if len(data) != expected + CRC_BYTES:
         raise DamagedObject(f"{name} is damaged: {len(data)} bytes, not {expected + CRC_BYTES}")
     raw = np.frombuffer(data, dtype=np.uint8, count=expected)
-    if int(google_crc32c.value(raw)) != int.from_bytes(data[expected:], "little"):
+    if int(google_crc32c.value(raw)) != payload_checksum(data):
         raise DamagedObject(f"{name} is damaged: its checksum does not match its content")
     return raw.view(dtype).reshape(shape)

@@ -1,7 +1,7 @@
 """The registered Zarr v3 data type `bfloat16`, for zarr-python, which does not bring it itself.
 
-Importing this module registers the type. Entry points make zarr-python import it by itself, so that
-wherever this package is installed bfloat16 arrays open.
+Importing this module registers the type. Entry points make zarr-python import it by itself wherever
+this package is installed (zarr-python 3.1.6 only when a group is opened, newer ones always).
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Commits: the record that makes a chunk visible.
 
-A commit describes the stored bytes of each of its chunk's objects (size and crc32c of the whole
-object) and the moments of each hook's rows. It is created exclusively, after the objects, and never
-changes. Its bytes are a function of the stored bytes alone: who made it and when is provenance.
+A commit describes the stored objects of its chunk (size, and the crc32c of the values) and the moments of
+each hook's rows. It is created exclusively, after the objects, and never changes. Its bytes are a function
+of the stored bytes alone: who made it and when is provenance.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ from typing import Any
 
 from penstock.common.errors import DamagedObject, ObjectMissing
 from penstock.store.layout import FORMAT_VERSION, commit_key
+from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """Size in bytes and crc32c of an object as stored."""
+    """Size of an object in bytes, and the crc32c of its values (the checksum at its end)."""
 
     size: int
     crc32c: int
@@ -70,6 +71,7 @@ def read_commit(store: ObjectStore, index: int) -> Commit:
     """
     key = commit_key(index)
     record = store.get_record(key)
+    check_format(record, f"{store.url}/{key}")
     try:
         commit = Commit(
             index=record["index"],

@@ -17,11 +17,17 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from penstock.common.errors import DamagedObject, DataError, PlanMismatch
-from penstock.store.arrays import ArraySpec, create_arrays, decode_payload, encode_payload
+from penstock.store.arrays import (
+    ArraySpec,
+    create_arrays,
+    decode_payload,
+    encode_payload,
+    payload_checksum,
+)
 from penstock.store.layout import CORPUS_ARRAYS, DOCUMENTS, FORMAT_VERSION, MANIFEST
 from penstock.store.manifest import check_format, describe_difference
 from penstock.store.objects import ObjectStore, open_store
-from penstock.store.records import crc32c, encode_record
+from penstock.store.records import crc32c, decode_record, encode_record
 
 BLOCK_SEQUENCES = 1024
 """Sequences in one block: one Zarr chunk per array."""
@@ -30,7 +36,11 @@ TRAIN, HELD_OUT = "train", "held_out"
 
 
 class CorpusManifest(BaseModel):
-    """What a corpus is. `blocks[array]` holds the crc32c of each of the array's stored blocks."""
+    """What a corpus is.
+
+    `blocks[array]` holds the crc32c of the values of each of the array's blocks, `content_sha256` is over
+    all stored blocks in order: by it the manifest's digest stands for every token.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -49,6 +59,7 @@ class CorpusManifest(BaseModel):
     n_documents: int
     block_sequences: int
     blocks: dict[str, list[int]]
+    content_sha256: str
     documents_crc32c: int
 
     def encode(self) -> bytes:
@@ -89,12 +100,18 @@ class Corpus:
 
     def documents(self) -> list[str]:
         """The documents' names; `document` arrays index into it."""
-        record = self.store.get_record(DOCUMENTS)
-        return list(record["paths"])
+        data = self.store.get(DOCUMENTS)
+        if crc32c(data) != self.manifest.documents_crc32c:
+            raise DamagedObject(f"{self.store.url}/{DOCUMENTS} is damaged: build the corpus again")
+        return list(decode_record(data, DOCUMENTS)["paths"])
 
     def verify(self, on_fault: Callable[[str], None]) -> int:
-        """Check every block; returns how many objects were read."""
+        """Check every block and the documents' names; returns how many blocks there are."""
         checked = 0
+        try:
+            self.documents()
+        except DataError as error:
+            on_fault(str(error))
         for spec in _arrays(self.manifest):
             for block in range(len(self.manifest.blocks[spec.path])):
                 try:
@@ -118,9 +135,11 @@ class Corpus:
     def _block(self, spec: ArraySpec, block: int) -> npt.NDArray[np.int32]:
         key = spec.key(CORPUS_ARRAYS, block)
         data = self.store.get(key)
-        if crc32c(data) != self.manifest.blocks[spec.path][block]:
-            raise DamagedObject(f"{self.store.url}/{key} is damaged: build the corpus again")
-        return decode_payload(data, spec.dtype, spec.chunk_shape, key).view(np.int32)
+        name = f"{self.store.url}/{key}"
+        rows = decode_payload(data, spec.dtype, spec.chunk_shape, name).view(np.int32)
+        if payload_checksum(data) != self.manifest.blocks[spec.path][block]:
+            raise DamagedObject(f"{name} is damaged: it is not the block that belongs there")
+        return rows
 
 
 def open_corpus(url: str) -> Corpus:
@@ -159,10 +178,11 @@ def write_corpus(
     names = encode_record({"format_version": FORMAT_VERSION, "paths": documents})
     payloads: list[tuple[str, bytes]] = [(DOCUMENTS, names)]
     specs = []
+    content = hashlib.sha256()
     for split, packed in splits.items():
         for name in ("tokens", "document", "special"):
             array = getattr(packed, name)
-            spec = _array(f"{split}/{name}", array.shape)
+            spec = _array(f"{split}/{name}", array.shape, BLOCK_SEQUENCES)
             specs.append(spec)
             blocks[spec.path] = []
             for start in range(0, len(array), BLOCK_SEQUENCES):
@@ -171,7 +191,8 @@ def write_corpus(
                 block[: len(part)] = part
                 data = encode_payload(block)
                 payloads.append((spec.key(CORPUS_ARRAYS, start // BLOCK_SEQUENCES), data))
-                blocks[spec.path].append(crc32c(data))
+                blocks[spec.path].append(payload_checksum(data))
+                content.update(data)
     manifest = CorpusManifest.model_validate(
         plan
         | {
@@ -181,6 +202,7 @@ def write_corpus(
             "n_documents": len(documents),
             "block_sequences": BLOCK_SEQUENCES,
             "blocks": blocks,
+            "content_sha256": content.hexdigest(),
             "documents_crc32c": crc32c(names),
         }
     )
@@ -200,18 +222,19 @@ def write_corpus(
     return manifest
 
 
-def _array(path: str, shape: tuple[int, ...]) -> ArraySpec:
+def _array(path: str, shape: tuple[int, ...], block_sequences: int) -> ArraySpec:
     names = ("sequence", "position") if len(shape) == 2 else ("sequence",)
     split = path.split("/")[0]
     dimension_names = (f"{split}_{names[0]}", *names[1:])
-    return ArraySpec(path, shape, BLOCK_SEQUENCES, np.dtype(np.int32), dimension_names)
+    return ArraySpec(path, shape, block_sequences, np.dtype(np.int32), dimension_names)
 
 
 def _arrays(manifest: CorpusManifest) -> list[ArraySpec]:
     counts = {TRAIN: manifest.n_sequences, HELD_OUT: manifest.n_held_out}
+    size = manifest.block_sequences
     specs = []
     for split, n in counts.items():
-        specs.append(_array(f"{split}/tokens", (n, manifest.context)))
-        specs.append(_array(f"{split}/document", (n, manifest.context)))
-        specs.append(_array(f"{split}/special", (n,)))
+        specs.append(_array(f"{split}/tokens", (n, manifest.context), size))
+        specs.append(_array(f"{split}/document", (n, manifest.context), size))
+        specs.append(_array(f"{split}/special", (n,), size))
     return specs

@@ -21,6 +21,7 @@ from penstock.store.arrays import (
     dataset_arrays,
     decode_payload,
     encode_payload,
+    payload_checksum,
 )
 from penstock.store.commits import (
     Commit,
@@ -33,7 +34,6 @@ from penstock.store.commits import (
 from penstock.store.layout import ARRAYS, POSITION, SEQUENCE, TOKENS, acts_array
 from penstock.store.manifest import Manifest, load_manifest, publish_manifest
 from penstock.store.objects import ObjectStore, open_store
-from penstock.store.records import crc32c
 
 if TYPE_CHECKING:
     from penstock.store.loader import Batches
@@ -156,9 +156,10 @@ class Dataset:
         name = f"{self.url}/{key}"
         data = self.store.get(key)
         expected = commit.objects.get(path)
-        if expected is None or expected != StoredObject(len(data), crc32c(data)):
+        array = decode_payload(data, spec.dtype, spec.chunk_shape, name)
+        if expected is None or expected != StoredObject(len(data), payload_checksum(data)):
             raise DamagedObject(f"{name} is damaged: its bytes are not those committed")
-        return decode_payload(data, spec.dtype, spec.chunk_shape, name)
+        return array
 
 
 def open_dataset(url: str) -> Dataset:
@@ -176,11 +177,10 @@ class DatasetWriter:
     """Writes chunks of a dataset: objects first, first writer wins, then the commit."""
 
     def __init__(self, store: ObjectStore, manifest: Manifest) -> None:
-        publish_manifest(store, manifest)
-        self.specs = dataset_arrays(manifest)
-        create_arrays(store, ARRAYS, self.specs)
         self.store = store
-        self.manifest = manifest
+        self.manifest = publish_manifest(store, manifest)
+        self.specs = dataset_arrays(self.manifest)
+        create_arrays(store, ARRAYS, self.specs)
         self._pool = ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
 
     def arrange(self, index: int, chunk: Chunk) -> dict[str, Array]:
@@ -209,15 +209,19 @@ class DatasetWriter:
             DamagedObject: an object is there already and is not a whole chunk.
         """
         arranged = self.arrange(index, chunk)
+        # before anything is stored: they also tell whether the rows are finite
+        paths = {hook.name: acts_array(hook.name) for hook in self.manifest.hooks}
+        measured = {name: moments(arranged[path][: chunk.rows]) for name, path in paths.items()}
         stored = dict(self._pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs))
+        rows = int(np.count_nonzero(stored[SEQUENCE][1] != UNUSED))
+        for name, path in paths.items():
+            if stored[path][1] is not arranged[path]:  # another writer's bytes count
+                measured[name] = moments(stored[path][1][:rows])
         commit = Commit(
             index=index,
-            rows=int(np.count_nonzero(stored[SEQUENCE][1] != UNUSED)),
+            rows=rows,
             objects={path: described for path, (described, _) in stored.items()},
-            moments={
-                hook.name: moments(stored[acts_array(hook.name)][1][: chunk.rows])
-                for hook in self.manifest.hooks
-            },
+            moments=measured,
         )
         if create_commit(self.store, commit):
             return commit, True
@@ -233,7 +237,7 @@ class DatasetWriter:
             # Someone was here before: what is stored counts, if it is whole.
             data = self.store.get(key)
             array = decode_payload(data, spec.dtype, spec.chunk_shape, f"{self.store.url}/{key}")
-        return spec.path, (StoredObject(len(data), crc32c(data)), array)
+        return spec.path, (StoredObject(len(data), payload_checksum(data)), array)
 
 
 def moments(acts: Array) -> Moments:

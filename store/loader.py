@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.common import metrics
 from penstock.common.errors import DamagedObject, ObjectMissing
 from penstock.store.dataset import Chunk, Dataset
 from penstock.store.order import ReadingOrder, Window, batch_bounds
@@ -127,11 +128,13 @@ class WindowLoader:
         return LoadedWindow(window, acts, n_rows, torch.from_numpy(self._order.row_order(window, n_rows)))
 
     def _read(self, index: int) -> Chunk:
-        try:
-            return self._dataset.read_chunk(index, self._hooks)
-        except (DamagedObject, ObjectMissing):
-            # once more: the fault may lie in the transfer and not in what is stored
-            return self._dataset.read_chunk(index, self._hooks)
+        with metrics.chunk_read_seconds.time():
+            try:
+                return self._dataset.read_chunk(index, self._hooks)
+            except (DamagedObject, ObjectMissing):
+                metrics.chunk_corrupt.inc()
+                # once more: the fault may lie in the transfer and not in what is stored
+                return self._dataset.read_chunk(index, self._hooks)
 
 
 class Batches:

@@ -135,6 +135,8 @@ def load_manifest(store: ObjectStore) -> Manifest:
 def check_format(record: dict[str, Any], name: str) -> None:
     """Refuse a record of another format version, naming both."""
     version = record.get("format_version")
+    if not isinstance(version, int):
+        raise DamagedObject(f"{name} is damaged: it carries no format version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{name} has format version {version}; this version of penstock reads "
@@ -142,19 +144,22 @@ def check_format(record: dict[str, Any], name: str) -> None:
         )
 
 
-def publish_manifest(store: ObjectStore, manifest: Manifest) -> None:
+def publish_manifest(store: ObjectStore, manifest: Manifest) -> Manifest:
     """Write the manifest, or check that the one already there is the same plan.
+
+    Returns:
+        The manifest as stored; with `allow_mixed` its numerics may be another producer's.
 
     Raises:
         PlanMismatch: the URL holds another plan; the message names what differs.
     """
     if store.create(MANIFEST, manifest.encode()):
-        return
+        return manifest
     there = load_manifest(store)
     if there.numerics.allow_mixed and manifest.numerics.allow_mixed:
         manifest = manifest.model_copy(update={"numerics": there.numerics})
     if there == manifest:
-        return
+        return there
     raise PlanMismatch(
         f"{store.url} holds another dataset: {describe_difference(there, manifest)}; "
         "choose another dataset url, or restore the settings it was made with"
@@ -174,6 +179,10 @@ def _differences(path: str, a: Any, b: Any) -> list[tuple[str, str, str]]:
         for key in sorted(a.keys() | b.keys()):
             found += _differences(f"{path}.{key}".lstrip("."), a.get(key), b.get(key))
         return found
+    if isinstance(a, list) and isinstance(b, list):
+        if len(a) != len(b):
+            return [(path, f"{len(a)} long: {_short(a)}", f"{len(b)} long: {_short(b)}")]
+        return [leaf for i in range(len(a)) for leaf in _differences(f"{path}.{i}", a[i], b[i])]
     return [] if a == b else [(path, _short(a), _short(b))]
 
 

@@ -250,7 +250,17 @@ def register_feed(client: Client, feeds_key: str, run_id: str, spec: FeedSpec) -
     client.hset(feeds_key, run_id, json.dumps(asdict(spec)))
 
 
-def unregister_feed(client: Client, feeds_key: str, run_id: str) -> None:
+def registered_feed(client: Client, feeds_key: str, run_id: str) -> Feed | None:
+    """The feed registered for a run, if any."""
+    found = client.hget(feeds_key, run_id)
+    return None if found is None else Feed(client, FeedSpec(**json.loads(found)))
+
+
+def remove_feed(client: Client, feeds_key: str, run_id: str) -> None:
+    """A run has ended, or another lineage begins: its feed is of no use."""
+    feed = registered_feed(client, feeds_key, run_id)
+    if feed is not None:
+        feed.delete()
     client.hdel(feeds_key, run_id)
 
 

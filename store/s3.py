@@ -30,6 +30,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from penstock.common import metrics
 from penstock.common.errors import (
     DamagedObject,
     ObjectMissing,
@@ -120,23 +121,24 @@ class S3Store(ObjectStore):
             head = self._head(key)
             return head is not None and head["Metadata"].get(_TOKEN) == token
 
-        return self._call(key, attempt)
+        return self._call("create", key, attempt)
 
     def put(self, key: str, data: bytes) -> None:
-        self._call(key, lambda: self._s3.pipe_file(self._path(key), data))
+        self._call("put", key, lambda: self._s3.pipe_file(self._path(key), data))
 
     def get(self, key: str) -> bytes:
         # One stream is one request: more of them ask for the size first.
-        data: bytes = self._call(key, lambda: self._s3.cat_file(self._path(key), max_concurrency=1))
+        path = self._path(key)
+        data: bytes = self._call("get", key, lambda: self._s3.cat_file(path, max_concurrency=1))
         return data
 
     def exists(self, key: str) -> bool:
-        return self._call(key, lambda: self._head(key)) is not None
+        return self._call("head", key, lambda: self._head(key)) is not None
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         while True:
-            page = self._call(prefix, lambda: self._s3.call_s3("list_objects_v2", **request))
+            page = self._call("list", prefix, lambda: self._s3.call_s3("list_objects_v2", **request))
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):  # a console's "folder", not an object of ours
                     yield entry["Key"].removeprefix(self._prefix), entry["Size"]
@@ -152,7 +154,7 @@ class S3Store(ObjectStore):
                 if _code(error) != "NoSuchKey":
                     raise
 
-        self._call(key, attempt)
+        self._call("delete", key, attempt)
 
     def probe(self) -> None:
         key, token = f".probe-{uuid.uuid4().hex}", uuid.uuid4().hex
@@ -185,11 +187,12 @@ class S3Store(ObjectStore):
             return None
         return head
 
-    def _call(self, key: str, call: Callable[[], _T]) -> _T:
+    def _call(self, op: str, key: str, call: Callable[[], _T]) -> _T:
         """Call, again while that may help; then one clear error in place of the library's."""
 
         def warn(state: RetryCallState) -> None:
             if state.outcome is not None and (error := state.outcome.exception()):
+                metrics.object_retries.labels(op).inc()
                 _log.warning("%s/%s: %s; trying again", self.url, key, _brief(error))
 
         retrying = Retrying(

@@ -60,7 +60,7 @@ class DatasetPin(Settings):
 
 
 class RunConfig(Settings):
-    """config.json: everything that defines a run. Where and when are not in it."""
+    """config.json: everything that defines a run."""
 
     format_version: int
     run_id: str

@@ -37,7 +37,7 @@ class Group:
         if not head.checkpoint:
             return
         self.position, self.step, self.rows = head.position, head.step, head.rows
-        self.figures = head.metrics
+        self.figures = {name: dict(figures) for name, figures in head.metrics.items()}
         for name, member in self.members.items():
             weights = safetensors.torch.load(files[f"sae/{name}"])
             member.restore(weights, safetensors.torch.load(files[f"optimizer/{name}"]))

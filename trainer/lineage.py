@@ -8,12 +8,14 @@ is a head too, so that a worker that was only slow is fenced off from then on.
 import hashlib
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from penstock.common.errors import DamagedObject, DataError, Fenced, ObjectMissing
 from penstock.common.logs import LOGGER
 from penstock.store.layout import FORMAT_VERSION, checkpoint_prefix, head_key, history_key
+from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 from penstock.store.records import encode_record
 
@@ -90,7 +92,8 @@ def read_head(runs: ObjectStore, run_id: str, n: int) -> Head:
     """
     key = head_key(run_id, n)
     record = runs.get_record(key)
-    record.pop("format_version", None)
+    check_format(record, f"{runs.url}/{key}")
+    del record["format_version"]
     try:
         files = {name: StoredFile(**f) for name, f in record.pop("checkpoint").items()}
         head = Head(**record, checkpoint=files)
@@ -118,13 +121,16 @@ def newest_head(runs: ObjectStore, run_id: str) -> Head | None:
             return head
 
 
+def links(runs: ObjectStore, run_id: str, head: Head | None) -> Iterator[Head]:
+    """The lineage that ends in a head, newest first, read only as far as it is looked at."""
+    while head is not None:
+        yield head
+        head = None if head.parent is None else read_head(runs, run_id, head.parent)
+
+
 def chain(runs: ObjectStore, run_id: str, head: Head | None) -> list[Head]:
     """The lineage that ends in a head, newest first."""
-    found = []
-    while head is not None:
-        found.append(head)
-        head = None if head.parent is None else read_head(runs, run_id, head.parent)
-    return found
+    return list(links(runs, run_id, head))
 
 
 class Lineage:
@@ -226,7 +232,7 @@ class Lineage:
     def _collect(self) -> None:
         """Remove checkpoints behind the ones kept. Only the writer of the newest head may."""
         kept: list[str] = []
-        for head in chain(self.runs, self.run_id, self.head):
+        for head in links(self.runs, self.run_id, self.head):
             folder = head.checkpoint_folder
             if folder is not None and folder not in kept:
                 kept.append(folder)

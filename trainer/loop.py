@@ -95,7 +95,7 @@ def _commit(
         rows=group.rows,
         checkpoint=group.checkpoint(),
         history=history,
-        metrics=group.figures,
+        metrics={name: dict(figures) for name, figures in group.figures.items()},
         status=status,
     )
     observer.committed(group, head, time.monotonic() - started)

@@ -1,5 +1,6 @@
 """The worker: leases a pending run, carries it on, gives it back. It keeps nothing of its own."""
 
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from penstock.store.queue import (
     Presence,
     RunQueue,
     register_feed,
-    unregister_feed,
+    remove_feed,
 )
 from penstock.trainer.config import RunConfig, load_run_config, run_ids
 from penstock.trainer.group import Group
@@ -97,7 +98,8 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 stop.wait(1.0)
                 continue
             if run_id is None:
-                if drain and not unfinished_runs(place.runs):
+                # the store is asked, which costs more, only when the queue knows of no run
+                if drain and not queue.pending() and not unfinished_runs(place.runs):
                     return
                 stop.wait(IDLE_SECONDS)
                 continue
@@ -110,7 +112,6 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 LOGGER.warning("%s", error)
             except Diverged as error:
                 LOGGER.error("%s", error)
-                _forgiving(partial(queue.remove, run_id))
             finally:
                 leased.clear()
                 voice.say(run=None, rows=None, figures=None, waiting_for=None)
@@ -153,7 +154,7 @@ def carry_on(
     dataset = open_pinned(config)
     lineage = take_over(place.runs, run_id, environment)
     if lineage is None:
-        queue.remove(run_id)
+        _forget(place, queue, config)
         return None
     if lineage.head.n > 0:
         metrics.sae_takeovers.inc()
@@ -168,20 +169,27 @@ def carry_on(
     supply = Supply(feed, dataset.store, leave, heartbeat.beat)
     first = config.order.window_starting_at(group.position)
     loader = WindowLoader(dataset, config.hooks, config.order, first, supply.await_chunk)
-    observer = RunObserver(queue, feed, heartbeat, voice, supply, group)
+    observer = RunObserver(queue, feed, heartbeat, voice, supply, group, place.runs)
     try:
         outcome = train(group, lineage, loader, observer, stop)
     except Stopped:
         outcome = "stopped"
+    except Diverged:
+        _forget(place, queue, config)
+        raise
     finally:
         leave.set()
         loader.close()
     LOGGER.info("run %s: %s at position %d, step %d", run_id, outcome, group.position, group.step)
     if outcome == "done":
-        _forgiving(lambda: queue.remove(run_id))
-        _forgiving(feed.delete)
-        _forgiving(lambda: unregister_feed(place.client, _feeds_key(place, config), run_id))
+        _forget(place, queue, config)
     return outcome
+
+
+def _forget(place: Workplace, queue: RunQueue, config: RunConfig) -> None:
+    """A run has ended: nothing in Redis needs to speak of it."""
+    _forgiving(lambda: queue.remove(config.run_id))
+    _forgiving(lambda: remove_feed(place.client, _feeds_key(place, config), config.run_id))
 
 
 class RunObserver:
@@ -195,6 +203,7 @@ class RunObserver:
         voice: Voice,
         supply: Supply,
         group: Group,
+        runs: ObjectStore,
     ) -> None:
         self._queue = queue
         self._feed = feed
@@ -203,6 +212,8 @@ class RunObserver:
         self._supply = supply
         self._run = group.config.run_id
         self._rows_seen = group.rows
+        self._runs = runs
+        self._reconciled = time.monotonic()
         for sae in group.config.settings.saes:
             metrics.sae_dead_window_rows.labels(self._run, sae.name).set(sae.dead_after_rows)
         show_figures(self._run, group.figures)
@@ -233,6 +244,9 @@ class RunObserver:
 
     def should_hand_over(self, group: Group) -> bool:
         try:
+            if time.monotonic() - self._reconciled > RECONCILE_SECONDS:
+                reconcile_runs(self._runs, self._queue)
+                self._reconciled = time.monotonic()
             for run_id, position in self._queue.pending().items():
                 if position < group.position and self._queue.holder(run_id) is None:
                     return True
@@ -297,6 +311,9 @@ def set_up_strict(strict: bool, place: Workplace) -> None:
         threads = 1 if strict else place.threads
         if threads:
             torch.set_num_threads(threads)
+    if strict:
+        # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(strict)
 
 
@@ -327,8 +344,9 @@ def _open_feed(
         seed=order.seed,
     )
     feed = Feed(place.client, spec)
-    _forgiving(feed.open)
     feeds_key = _feeds_key(place, config)
+    _forgiving(lambda: remove_feed(place.client, feeds_key, config.run_id))
+    _forgiving(feed.open)
     _forgiving(lambda: register_feed(place.client, feeds_key, config.run_id, spec))
     if not dataset.store.exists(reader_key(config.run_id)):
         LOGGER.warning("run %s is not registered as a reader of %s", config.run_id, dataset.url)

@@ -96,7 +96,9 @@ def test_a_bad_url_is_a_setting_to_change(url: str) -> None:
     assert SECRET not in message
 
 
-@pytest.mark.parametrize("where", [f":{SECRET}@127.0.0.1:{{port}}/0", f"127.0.0.1:{{port}}/0?password={SECRET}"])
+@pytest.mark.parametrize(
+    "where", [f":{SECRET}@127.0.0.1:{{port}}/0", f"127.0.0.1:{{port}}/0?password={SECRET}"]
+)
 def test_nothing_listening(where: str) -> None:
     port = closed_port()
     message = refusal(Unavailable, url="redis://" + where.format(port=port))

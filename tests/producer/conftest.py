@@ -1,5 +1,6 @@
 """One Valkey server and one small corpus for the producer's tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -28,3 +29,9 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         context=24,
     )
     return ensure_corpus(settings, shipped_tokenizer(), lambda done, wanted: None)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is lost here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

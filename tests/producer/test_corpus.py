@@ -135,9 +135,7 @@ def test_building_again_changes_nothing(text: str, tmp_path: Path, monkeypatch: 
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
     monkeypatch.setattr("penstock.producer.corpus._documents", lambda settings: pytest.fail("read again"))
     build(wanted)
-    assert {
-        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()
-    } == before
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_a_build_that_was_killed_is_carried_on(
@@ -199,9 +197,7 @@ def test_without_bos_sequences_are_text_from_the_first_position(
     assert plain.tokens(0, n)[order].reshape(-1).tolist() == tokens[: n * CONTEXT]
 
 
-def test_a_tokenizer_without_bos_is_refused(
-    text: str, tmp_path: Path, tokenizer: LoadedTokenizer
-) -> None:
+def test_a_tokenizer_without_bos_is_refused(text: str, tmp_path: Path, tokenizer: LoadedTokenizer) -> None:
     with pytest.raises(UserError, match=r"corpus\.bos"):
         ensure_corpus(
             settings(tmp_path / "corpus", text), replace(tokenizer, bos_id=None), lambda done, wanted: None

@@ -100,9 +100,7 @@ class Producer:
         self.stop = Impatient()
         self.source = source or CountingSource(self.manifest)
         self.writer = DatasetWriter(open_store(str(url)), self.manifest)
-        self.queue = queue(
-            client, prefix, self.writer.store.url, self.manifest.digest, name, lease_seconds
-        )
+        self.queue = queue(client, prefix, self.writer.store.url, self.manifest.digest, name, lease_seconds)
         self.committed: list[int] = []
         self.work = Work(self.queue, self.writer, lambda: None)
         self.sink = Sink(

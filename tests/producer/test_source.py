@@ -33,7 +33,9 @@ def pristine_model() -> Any:
     ).eval()
 
 
-def captured_by_plain_hooks(model: Any, points: Points, tokens: npt.NDArray[np.int32]) -> dict[str, torch.Tensor]:
+def captured_by_plain_hooks(
+    model: Any, points: Points, tokens: npt.NDArray[np.int32]
+) -> dict[str, torch.Tensor]:
     """[B, C, D] float32 at each point, from whole forward passes of PER_FORWARD sequences."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in points}
 

@@ -74,7 +74,9 @@ class SyntheticSource:
             position=(place % CONTEXT).astype(np.int32),
         )
 
-    def _acts(self, index: int, rows: int, hook: HookSpec) -> "np.ndarray[tuple[int, int], np.dtype[np.generic]]":
+    def _acts(
+        self, index: int, rows: int, hook: HookSpec
+    ) -> "np.ndarray[tuple[int, int], np.dtype[np.generic]]":
         salt = zlib.crc32(hook.name.encode())
         directions = np.random.default_rng(salt).standard_normal((2 * hook.d_in, hook.d_in))
         random = np.random.default_rng([salt, index])

@@ -20,4 +20,4 @@ def build(d_in: int, settings: SAESettings) -> SAE:
     raise TypeError(f"no SAE for {type(settings).__name__}")
 
 
-__all__ = ["SAE", "AnySettings", "SAESettings", "build"]
+__all__ = ["SAE", "AnySettings", "SAESettings", "StandardSettings", "TopKSettings", "build"]

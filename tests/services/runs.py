@@ -1,0 +1,114 @@
+"""Training runs on synthetic datasets: settings, submitting, workers in this process."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from penstock.common.health import Health
+from penstock.common.redis import Client, RedisSettings
+from penstock.store.dataset import Dataset
+from penstock.store.objects import ObjectStore
+from penstock.trainer.config import RunConfig, RunSettings, submit_run
+from penstock.trainer.lineage import Head, chain, newest_head
+from penstock.trainer.worker import Workplace, work
+from services.synthetic import MLP, RESID
+
+
+def topk(**changes: Any) -> dict[str, Any]:
+    """A TopK SAE that has dead features soon, so that AuxK takes part."""
+    return {
+        "name": "topk",
+        "architecture": "topk",
+        "hook_name": RESID,
+        "d_sae": 24,
+        "k": 3,
+        "dead_after_rows": 500,
+        "lr": 3e-3,
+        "lr_warmup_steps": 5,
+    } | changes
+
+
+def standard(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "l1",
+        "architecture": "standard",
+        "hook_name": MLP,
+        "d_sae": 32,
+        "l1_coefficient": 0.5,
+        "l1_warmup_steps": 10,
+        "dead_after_rows": 500,
+        "lr": 3e-3,
+        "lr_warmup_steps": 5,
+    } | changes
+
+
+def run_settings(**changes: Any) -> RunSettings:
+    """Two SAEs on two hook points; six windows of three chunks, the last one short."""
+    base: dict[str, Any] = {
+        "name": "run",
+        "saes": [topk(), standard()],
+        "batch_rows": 64,
+        "window_chunks": 3,
+        "head_interval": 2,
+        "strict": True,
+    }
+    return RunSettings.model_validate(base | changes)
+
+
+class Bench:
+    """A runs store and a queue; `work` is one worker process's life."""
+
+    def __init__(self, runs: ObjectStore, client: Client, prefix: str, lease_seconds: float = 20.0) -> None:
+        self.runs = runs
+        self.client = client
+        self.redis = RedisSettings(prefix=prefix, lease_seconds=lease_seconds)
+        self._workers = 0
+
+    def submit(self, dataset: Dataset, **changes: Any) -> RunConfig:
+        config, _ = submit_run(self.runs, dataset, run_settings(**changes))
+        return config
+
+    def place(self) -> Workplace:
+        """A new worker's."""
+        self._workers += 1
+        return Workplace(
+            runs=self.runs,
+            client=self.client,
+            redis=self.redis,
+            worker=f"trainer-{self._workers}",
+            device=torch.device("cpu"),
+            threads=1,
+            port=-1,
+        )
+
+    def work(self, stop: threading.Event | None = None) -> None:
+        """A worker from start to exit: until every run has ended or `stop` is set."""
+        work(self.place(), Health(), stop or threading.Event(), drain=True)
+
+    def head(self, config: RunConfig) -> Head:
+        head = newest_head(self.runs, config.run_id)
+        assert head is not None
+        return head
+
+    def ended(self, config: RunConfig) -> bool:
+        head = newest_head(self.runs, config.run_id)
+        return head is not None and head.terminal
+
+    def position(self, config: RunConfig) -> int:
+        head = newest_head(self.runs, config.run_id)
+        return -1 if head is None else head.position
+
+    def heads(self, config: RunConfig) -> list[Head]:
+        """The lineage, oldest first."""
+        return chain(self.runs, config.run_id, self.head(config))[::-1]
+
+    def all_heads(self, config: RunConfig) -> Iterator[str]:
+        """Keys of every head there is, also of those that are not in the lineage."""
+        return (key for key, _ in self.runs.list(f"{config.run_id}/heads/"))
+
+
+def digests(head: Head) -> dict[str, str]:
+    """SHA-256 of each file of a head's checkpoint: weights and optimizer state."""
+    return {name: file.sha256 for name, file in sorted(head.checkpoint.items())}

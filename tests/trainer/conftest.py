@@ -1,0 +1,56 @@
+"""A queue, quick pauses, and torch left as it was."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.common.redis import Client, EmbeddedServer
+from penstock.store.dataset import Dataset
+from penstock.store.objects import open_store
+from penstock.trainer import supply, worker
+from services.runs import Bench
+from services.synthetic import write_dataset
+from services.valkey import connected, fresh_prefix, valkey_server
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[EmbeddedServer]:
+    with valkey_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(valkey: EmbeddedServer) -> Client:
+    return connected(valkey)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A finished synthetic dataset; nobody writes to it but submits."""
+    return write_dataset(tmp_path_factory.mktemp("synthetic") / "dataset")
+
+
+@pytest.fixture
+def bench(client: Client, tmp_path: Path) -> Bench:
+    return Bench(open_store(str(tmp_path / "runs")), client, fresh_prefix())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses that are right for days of training are short here, and no power is lost."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(supply, "BLOCK_MS", 20)
+    monkeypatch.setattr(worker, "IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "RECONCILE_SECONDS", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

@@ -1,0 +1,166 @@
+"""Run configs: an id that stands for everything, arithmetic known before a row is read, refusals."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.common.errors import ConfigError, DamagedObject, ObjectMissing, UserError
+from penstock.common.settings import parse
+from penstock.store.dataset import Dataset
+from penstock.store.objects import ObjectStore, open_store
+from penstock.trainer.config import (
+    RunSettings,
+    load_run_config,
+    resolve_run,
+    run_ids,
+    submit_run,
+)
+from services.runs import run_settings, standard, topk
+from services.synthetic import MLP, RESID, ROWS, WIDTHS, make_manifest, write_dataset
+from services.trees import tree_digests
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> ObjectStore:
+    return open_store(str(tmp_path / "runs"))
+
+
+class TestRunId:
+    def test_it_does_not_depend_on_where_the_dataset_lies(self, dataset: Dataset, tmp_path: Path) -> None:
+        copy = write_dataset(tmp_path / "copy", indices=[])
+        one, two = resolve_run(run_settings(), dataset), resolve_run(run_settings(), copy)
+        assert one.run_id == two.run_id
+        assert one.run_id.startswith("run-")
+        assert one.dataset.url != two.dataset.url
+
+    def test_it_does_not_depend_on_how_settings_are_written(self, dataset: Dataset) -> None:
+        backwards = dict(reversed(run_settings().model_dump(mode="json").items()))
+        again = parse(RunSettings, backwards, "test")
+        assert resolve_run(again, dataset).run_id == resolve_run(run_settings(), dataset).run_id
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"name": "other"},
+            {"batch_rows": 65},
+            {"window_chunks": 4},
+            {"epochs": 2},
+            {"head_interval": 3},
+            {"seed": 1},
+            {"strict": False},
+            {"saes": [topk()]},
+            {"saes": [standard(), topk()]},
+            {"saes": [topk(lr=1e-4), standard()]},
+        ],
+        ids=str,
+    )
+    def test_every_setting_counts(self, dataset: Dataset, change: dict[str, Any]) -> None:
+        assert (
+            resolve_run(run_settings(**change), dataset).run_id != resolve_run(run_settings(), dataset).run_id
+        )
+
+    def test_the_dataset_counts(self, dataset: Dataset, tmp_path: Path) -> None:
+        manifest = make_manifest().model_copy(update={"seed": 4})
+        other = write_dataset(tmp_path / "other", manifest, indices=[])
+        assert resolve_run(run_settings(), other).run_id != resolve_run(run_settings(), dataset).run_id
+
+
+class TestArithmetic:
+    @pytest.mark.parametrize("epochs", [1, 3])
+    @pytest.mark.parametrize("window_chunks", [1, 3, 16, 50])
+    @pytest.mark.parametrize("batch_rows", [1, 64, 4096])
+    def test_steps_and_rows_are_what_a_run_will_make(
+        self, dataset: Dataset, epochs: int, window_chunks: int, batch_rows: int
+    ) -> None:
+        config = resolve_run(
+            run_settings(epochs=epochs, window_chunks=window_chunks, batch_rows=batch_rows), dataset
+        )
+        steps, seen = 0, Counter[int]()
+        for epoch in range(epochs):
+            order = [config.order.chunk_at(epoch * len(ROWS) + i) for i in range(len(ROWS))]
+            seen.update(order)
+            for start in range(0, len(ROWS), window_chunks):
+                rows = sum(ROWS[chunk] for chunk in order[start : start + window_chunks])
+                steps += -(-rows // batch_rows)
+        assert seen == dict.fromkeys(range(len(ROWS)), epochs)
+        assert config.total_steps() == steps
+        assert config.total_rows() == sum(ROWS) * epochs
+        assert sum(config.window_rows(i) for i in range(config.order.n_windows)) == sum(ROWS) * epochs
+
+    def test_each_hook_is_read_once(self, dataset: Dataset) -> None:
+        saes = [topk(name="a"), standard(name="b"), topk(name="c"), standard(name="d")]
+        config = resolve_run(run_settings(saes=saes), dataset)
+        assert config.hooks == [RESID, MLP]
+        assert config.dataset.widths == WIDTHS
+
+
+class TestRefusals:
+    def test_k_larger_than_the_dictionary(self, dataset: Dataset) -> None:
+        with pytest.raises(ConfigError, match="topk: k is 25, more than its d_sae of 24"):
+            resolve_run(run_settings(saes=[topk(k=25)]), dataset)
+        assert resolve_run(run_settings(saes=[topk(k=24)]), dataset)
+
+    def test_a_hook_that_the_dataset_lacks(self, dataset: Dataset) -> None:
+        with pytest.raises(UserError, match=r"hook 'blocks\.9\.hook_out' is not in this dataset.*resid_post"):
+            resolve_run(run_settings(saes=[topk(hook_name="blocks.9.hook_out")]), dataset)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"saes": [topk(), standard(name="topk")]}, "saes: the name 'topk' is used twice"),
+            ({"saes": []}, "saes"),
+            ({"saes": [topk(architecture="topkk")]}, "saes.0"),
+            ({"saes": [topk(l1_coefficient=1.0)]}, "l1_coefficient"),
+            ({"saes": [topk(k=0)]}, "k: "),
+            ({"saes": [topk(name="a/b")]}, "name: "),
+            ({"name": "../up"}, "name: "),
+            ({"batch_rows": 0}, "batch_rows: "),
+            ({"batch_row": 64}, "batch_row: unknown setting. Did you mean batch_rows"),
+            ({"epochs": "two"}, "epochs: "),
+        ],
+        ids=str,
+    )
+    def test_settings(self, change: dict[str, Any], message: str) -> None:
+        data = run_settings().model_dump(mode="json") | change
+        with pytest.raises(ConfigError) as caught:
+            parse(RunSettings, data, "runs.0")
+        assert str(caught.value).startswith("runs.0: ")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+class TestSubmit:
+    def test_twice_is_once(self, dataset: Dataset, runs: ObjectStore) -> None:
+        config, new = submit_run(runs, dataset, run_settings())
+        before = tree_digests(Path(runs.url)) | tree_digests(Path(dataset.url))
+        again, new_again = submit_run(runs, dataset, run_settings())
+        assert (new, new_again) == (True, False)
+        assert again == config == load_run_config(runs, config.run_id)
+        assert tree_digests(Path(runs.url)) | tree_digests(Path(dataset.url)) == before
+        assert run_ids(runs) == [config.run_id]
+
+    def test_it_registers_the_run_as_a_reader_first(
+        self, dataset: Dataset, runs: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_id = resolve_run(run_settings(name="reader"), dataset).run_id
+
+        def killed(key: str, record: object) -> bool:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runs, "create_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            submit_run(runs, dataset, run_settings(name="reader"))
+        record = dataset.store.get_record(f"readers/{run_id}.json")
+        assert (record["run"], record["start"]) == (run_id, 0)
+        assert run_ids(runs) == []
+
+    def test_a_config_that_is_missing_or_damaged(self, dataset: Dataset, runs: ObjectStore) -> None:
+        with pytest.raises(ObjectMissing):
+            load_run_config(runs, "none")
+        config, _ = submit_run(runs, dataset, run_settings())
+        key = f"{config.run_id}/config.json"
+        runs.put(key, runs.get(key).replace(b'"seed":0', b'"seed":1'))
+        with pytest.raises(DamagedObject, match=r"config\.json"):
+            load_run_config(runs, config.run_id)
