@@ -140,7 +140,8 @@ def train(config: Config, drain: bool) -> None:
 
     import torch
 
-    from penstock.trainer.worker import Workplace, work
+    from penstock.trainer.worker import work
+    from penstock.trainer.workplace import Workplace
 
     try:
         device = torch.device(config.trainer.device)
@@ -170,12 +171,11 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel
     from penstock.store.corpus import open_corpus
-    from penstock.trainer.config import load_run_config
+    from penstock.trainer.config import load_run_config, open_pinned
     from penstock.trainer.evaluate import evaluate
     from penstock.trainer.load import load_saes, split_run_url
     from penstock.trainer.report import render_report
     from penstock.trainer.summary import last_head, summarise
-    from penstock.trainer.worker import open_pinned
 
     runs, run_id = split_run_url(run_url)
     run = load_run_config(runs, run_id)

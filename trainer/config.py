@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from penstock.common.errors import ConfigError, DamagedObject
 from penstock.common.settings import Settings
-from penstock.store.dataset import Dataset
+from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import FORMAT_VERSION, config_key, reader_key
 from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
@@ -173,3 +173,18 @@ def run_ids(runs: ObjectStore) -> list[str]:
         if len(parts) == 2 and parts[1] == "config.json":
             found.add(parts[0])
     return sorted(found)
+
+
+def open_pinned(config: RunConfig) -> Dataset:
+    """Open a run's dataset and check that it is the one pinned.
+
+    Raises:
+        ConfigError: another dataset is at that URL now.
+    """
+    dataset = open_dataset(config.dataset.url)
+    if dataset.manifest.digest != config.dataset.manifest_digest:
+        raise ConfigError(
+            f"run {config.run_id}: the dataset at {config.dataset.url} is not the one it was submitted "
+            "with (its manifest differs); restore that dataset or submit the run again"
+        )
+    return dataset

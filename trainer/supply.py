@@ -1,7 +1,6 @@
 """Where a worker learns that its next chunk is there: the feed, and the store when the feed is silent."""
 
 import threading
-import time
 from collections.abc import Callable
 
 import redis
@@ -85,15 +84,3 @@ class Supply:
             self._feed.advance(lambda index: self._store.exists(commit_key(index)))
         except redis.RedisError as error:
             LOGGER.warning("the feed cannot be advanced: %s", error)
-
-
-class Stopwatch:
-    """Seconds since the last look."""
-
-    def __init__(self) -> None:
-        self._at = time.monotonic()
-
-    def lap(self) -> float:
-        now = time.monotonic()
-        self._at, elapsed = now, now - self._at
-        return elapsed

@@ -16,6 +16,7 @@ import pytest
 from penstock.store.dataset import open_dataset
 from penstock.trainer.lineage import load_history, newest_head
 from penstock.trainer.load import load_sae, split_run_url
+from services.browser import open_page
 from services.command import COMMAND, penstock, small_config, start, write_config
 from services.trees import tree_digests
 from services.waiting import eventually
@@ -245,3 +246,10 @@ def test_rm_shows_before_it_deletes_and_refuses_what_is_needed(small_run: Path, 
     assert (copy / "manifest.json").exists()
     assert penstock("rm", copy, "--yes").returncode == 0
     assert not list(copy.rglob("*.json"))
+
+
+@pytest.mark.services
+def test_the_report_opens_in_a_browser_without_complaint(small_run: Path, tmp_path: Path) -> None:
+    dom, complaints = open_page(small_run / "report.html", tmp_path / "profile")
+    assert complaints == []
+    assert "resid-topk" in dom

@@ -12,7 +12,8 @@ from penstock.store.dataset import Dataset
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import RunConfig, RunSettings, submit_run
 from penstock.trainer.lineage import Head, chain, newest_head
-from penstock.trainer.worker import Workplace, work
+from penstock.trainer.worker import work
+from penstock.trainer.workplace import Workplace
 from services.synthetic import MLP, RESID
 
 

@@ -56,7 +56,7 @@ def test_every_flipped_bit_is_noticed() -> None:
     for bit in range(len(whole) * 8):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(DamagedObject, match="^acts/x is damaged"):
+        with pytest.raises(DamagedObject, match=r"^acts/x is damaged"):
             decode_payload(bytes(flipped), BFLOAT16, (12,), "acts/x")
 
 

@@ -87,7 +87,7 @@ def test_a_record_that_is_no_commit_is_damaged(store: LocalStore, record: dict[s
 
 def test_a_newer_format_is_refused(store: LocalStore) -> None:
     store.create_record("commits/0/3.json", commit(3).record() | {"format_version": 2})
-    with pytest.raises(UserError, match="format version 2.*upgrade"):
+    with pytest.raises(UserError, match=r"format version 2.*upgrade"):
         read_commit(store, 3)
 
 

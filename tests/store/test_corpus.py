@@ -228,7 +228,7 @@ def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_newer_format_is_refused(corpus: Corpus) -> None:
     record = corpus.manifest.model_dump(mode="json") | {"format_version": 2}
     corpus.store.put("manifest.json", encode_record(record))
-    with pytest.raises(UserError, match="format version 2.*upgrade"):
+    with pytest.raises(UserError, match=r"format version 2.*upgrade"):
         open_corpus(corpus.store.url)
 
 

@@ -387,7 +387,7 @@ def test_bytes_are_the_same_on_s3(finished: Dataset, bucket: str) -> None:
     url = f"s3://{bucket}/datasets/first"
     dataset = write(open_store(url), finished.manifest)
     local = files(Path(finished.url))
-    assert {key: size for key, size in dataset.store.list("")} == {k: len(v) for k, v in local.items()}
+    assert dict(dataset.store.list("")) == {k: len(v) for k, v in local.items()}
     assert all(dataset.store.get(key) == data for key, data in local.items())
     assert np.array_equal(bits(dataset.read_chunk(1).acts[MLP]), bits(finished.read_chunk(1).acts[MLP]))
 

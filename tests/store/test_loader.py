@@ -118,7 +118,8 @@ def test_the_order_is_that_of_a_run(dataset: Dataset, seed: int) -> None:
 
 
 def test_the_order_is_golden(dataset: Dataset) -> None:
-    first = next(iterator := dataset.batches([RESID], 12, 3, seed=5))
+    iterator = dataset.batches([RESID], 12, 3, seed=5)
+    first = next(iterator)
     iterator.close()
     assert row_numbers(first) == GOLDEN
 
@@ -240,9 +241,11 @@ def test_bad_chunks_stop_the_iteration_with_their_error(
     dataset = make(tmp_path)
     spoil(LocalStore(str(tmp_path)))
     seen = []
+    batches = dataset.batches([RESID], 1000, 2)
+    for _ in range(2):
+        seen += row_numbers(next(batches))
     with pytest.raises(error, match=r"4\.json|c/4/0"):
-        for batch in dataset.batches([RESID], 1000, 2):
-            seen += row_numbers(batch)
+        next(batches)
     assert sorted(seen) == list(range(sum(ROWS[:4]))), "nothing of the window with the bad chunk"
     eventually(lambda: loader_threads() == [])
 
@@ -257,9 +260,9 @@ def test_a_fault_in_transfer_is_read_again(dataset: Dataset, monkeypatch: pytest
             first = key not in spoilt
             spoilt.add(key)
         data = real(store, key)
-        return data[:-1] if first and "/acts/" in key else data
+        return data[:-1] if first and RESID in key else data
 
     monkeypatch.setattr(LocalStore, "get", get_badly_once)
     seen = [row for batch in dataset.batches(HOOKS, 16, 3) for row in row_numbers(batch)]
     assert sorted(seen) == list(range(TOTAL))
-    assert any("/acts/" in key for key in spoilt)
+    assert any(RESID in key for key in spoilt)

@@ -1,0 +1,113 @@
+"""What the training loop is seen by: metrics, heartbeats, status, and the queue's picture of the run."""
+
+import time
+from typing import Any
+
+import redis
+
+from penstock.common import metrics
+from penstock.common.heartbeat import Heartbeat
+from penstock.store.objects import ObjectStore
+from penstock.store.queue import Feed, Presence, RunQueue
+from penstock.trainer.group import Group
+from penstock.trainer.lineage import Head
+from penstock.trainer.pending import reconcile_runs
+from penstock.trainer.supply import Supply
+from penstock.trainer.workplace import Workplace, forgiving
+
+RECONCILE_SECONDS = 15.0
+"""The queue of runs is compared with the store this often."""
+
+
+class Voice:
+    """What the worker says of itself, for status and progress."""
+
+    def __init__(self, place: Workplace) -> None:
+        self._presence = Presence(place.client, place.redis.prefix, place.worker)
+        self._seconds = 3 * place.redis.lease_seconds
+        self._word: dict[str, Any] = {"kind": "trainer", "port": place.port, "run": None}
+
+    def say(self, **changes: Any) -> None:
+        self._word |= changes
+        forgiving(lambda: self._presence.tell(self._word, self._seconds))
+
+    def leave(self) -> None:
+        forgiving(self._presence.leave)
+
+
+class RunObserver:
+    """Metrics, heartbeats and the queue's picture of a run."""
+
+    def __init__(
+        self,
+        queue: RunQueue,
+        feed: Feed,
+        heartbeat: Heartbeat,
+        voice: Voice,
+        supply: Supply,
+        group: Group,
+        runs: ObjectStore,
+    ) -> None:
+        self._queue = queue
+        self._feed = feed
+        self._heartbeat = heartbeat
+        self._voice = voice
+        self._supply = supply
+        self._run = group.config.run_id
+        self._rows_seen = group.rows
+        self._runs = runs
+        self._reconciled = time.monotonic()
+        for sae in group.config.settings.saes:
+            metrics.sae_dead_window_rows.labels(self._run, sae.name).set(sae.dead_after_rows)
+        show_figures(self._run, group.figures)
+
+    def stepped(self, group: Group, seconds: float) -> None:
+        self._heartbeat.beat()
+        metrics.sae_step_seconds.observe(seconds)
+        metrics.sae_steps.labels(self._run).inc()
+
+    def waited(self, group: Group, seconds: float) -> None:
+        metrics.sae_data_wait_seconds.labels(self._run).inc(seconds)
+        if seconds > 0.1:
+            self._voice.say(waiting_for=self._supply.waiting_for)
+
+    def window_ended(self, group: Group, seconds: float) -> None:
+        metrics.sae_window_seconds.observe(seconds)
+        metrics.sae_train_rows.labels(self._run).inc(group.rows - self._rows_seen)
+        self._rows_seen = group.rows
+        show_figures(self._run, group.figures)
+        self._voice.say(rows=group.rows, figures=group.figures, waiting_for=None)
+        forgiving(lambda: metrics.backlog_chunks.labels(self._run).set(self._feed.length()))
+
+    def committed(self, group: Group, head: Head, seconds: float) -> None:
+        self._heartbeat.beat()
+        metrics.sae_head_commit_seconds.observe(seconds)
+        forgiving(lambda: self._queue.add(self._run, head.position))
+        forgiving(lambda: self._feed.trim(head.position))
+
+    def should_hand_over(self, group: Group) -> bool:
+        try:
+            if time.monotonic() - self._reconciled > RECONCILE_SECONDS:
+                reconcile_runs(self._runs, self._queue)
+                self._reconciled = time.monotonic()
+            for run_id, position in self._queue.pending().items():
+                if position < group.position and self._queue.holder(run_id) is None:
+                    return True
+        except redis.RedisError:
+            return False
+        return False
+
+
+def show_figures(run_id: str, figures: dict[str, dict[str, float]]) -> None:
+    """Set the gauges of a run to the figures of its last window: the same that its head records."""
+    for sae, values in figures.items():
+        for name, value in values.items():
+            if name == "l0":
+                metrics.sae_l0.labels(run_id, sae).set(value)
+            elif name == "dead_features":
+                metrics.sae_dead_features.labels(run_id, sae).set(value)
+            elif name == "explained_variance":
+                metrics.sae_explained_variance.labels(run_id, sae).set(value)
+            else:
+                component = "total" if name == "loss" else name
+                metrics.sae_loss.labels(run_id, sae, component).set(value)

@@ -1,0 +1,77 @@
+"""What a worker needs and stands in: its connections, its device, and what its bits depend on."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+import torch
+
+from penstock.common.errors import ConfigError
+from penstock.common.logs import LOGGER
+from penstock.common.redis import Client, RedisSettings
+from penstock.store.objects import ObjectStore
+from penstock.trainer.lineage import newest_head
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a worker needs: where runs are, Redis, itself and its device."""
+
+    runs: ObjectStore
+    client: Client
+    redis: RedisSettings
+    worker: str
+    device: torch.device
+    threads: int | None
+    port: int
+
+    def environment(self, strict: bool) -> dict[str, Any]:
+        """What the bits of a training depend on."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
+            "device": _device_kind(self.device),
+            "strict": strict,
+        }
+
+
+def set_up_strict(strict: bool, place: Workplace) -> None:
+    """Threads and algorithms: `strict` means one CPU thread and deterministic kernels."""
+    if place.device.type == "cpu":
+        threads = 1 if strict else place.threads
+        if threads:
+            torch.set_num_threads(threads)
+    if strict:
+        # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(strict)
+
+
+def check_environment(runs: ObjectStore, run_id: str, environment: dict[str, Any], strict: bool) -> None:
+    head = newest_head(runs, run_id)
+    if head is None or not head.checkpoint or head.environment == environment:
+        return
+    differing = ", ".join(
+        f"{key} was {head.environment.get(key)} and is {value}"
+        for key, value in environment.items()
+        if head.environment.get(key) != value
+    )
+    if strict:
+        raise ConfigError(f"run {run_id} is strict and began elsewhere: {differing}; resume it there")
+    LOGGER.warning("run %s: %s; its weights will not be bit-identical to one machine's", run_id, differing)
+
+
+def _device_kind(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def forgiving(action: Callable[[], object]) -> None:
+    """Do something that only helps others: if Redis is away, reconciling makes up for it later."""
+    try:
+        action()
+    except redis.RedisError as error:
+        LOGGER.warning("redis: %s", error)
