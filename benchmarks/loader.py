@@ -38,7 +38,7 @@ def run(quick: bool, device: torch.device) -> list[Case]:
         try:
             for threads in dict.fromkeys((all_threads, 1)):
                 torch.set_num_threads(threads)
-                cases.append(_compare(dataset, 1 if quick else 3, 2 if quick else 7, device))
+                cases.append(_compare(dataset, 1 if quick else 3, 2 if quick else 5, device))
         finally:
             torch.set_num_threads(all_threads)
     return cases

@@ -397,7 +397,7 @@ def test_stored_bytes_are_golden(finished: Dataset) -> None:
     for index in range(len(ROWS)):
         for key in chunk_objects(index):
             digest.update(finished.store.get(key))
-    assert digest.hexdigest() == "GOLDEN"
+    assert digest.hexdigest() == "774fa8a10dc99afb83bc796b184cf5d2d34f4d8f45a7184ceb927ab61345ae62"
 
 
 def test_another_plan_at_the_url_is_refused(store: LocalStore, writer: DatasetWriter) -> None:

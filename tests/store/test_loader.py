@@ -121,7 +121,7 @@ def test_the_order_is_golden(dataset: Dataset) -> None:
     iterator = dataset.batches([RESID], 12, 3, seed=5)
     first = next(iterator)
     iterator.close()
-    assert row_numbers(first) == GOLDEN
+    assert row_numbers(first) == [56, 20, 79, 38, 28, 61, 40, 73, 39, 32, 108]
 
 
 def test_rows_of_a_window_are_mixed(dataset: Dataset) -> None:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import TypeVar
 
 import pytest
 
@@ -28,6 +29,7 @@ SHORT, LONG = 0.05, 60.0
 ALL = 10**6
 URL, RUNS = "/data/dataset", "/data/runs"
 
+T = TypeVar("T")
 MakeQueue = Callable[..., ChunkQueue]
 MakeRuns = Callable[..., RunQueue]
 
@@ -58,6 +60,18 @@ def runs(client: Client, prefix: str) -> MakeRuns:
         return RunQueue(client, prefix, RUNS, worker, lease)
 
     return make
+
+
+def until(call: Callable[[], T], wanted: Callable[[T], bool]) -> list[T]:
+    """What calling again and again gave, up to the first answer that is wanted."""
+    answers: list[T] = []
+
+    def once() -> bool:
+        answers.append(call())
+        return wanted(answers[-1])
+
+    eventually(once)
+    return answers
 
 
 def drain(chunks: ChunkQueue) -> list[int]:
@@ -104,8 +118,7 @@ def test_an_expired_claim_returns_before_higher_ones(chunks: MakeQueue) -> None:
     dead, alive = chunks("dead", SHORT), chunks("alive")
     dead.reconcile(100_000, set(range(1, 99_000)))
     assert dead.claim(ALL) == 0
-    claimed: list[int | None] = []
-    eventually(lambda: claimed.append(alive.claim(ALL)) or claimed[-1] == 0)
+    claimed = until(lambda: alive.claim(ALL), lambda index: index == 0)
     assert claimed[:-1] == list(range(99_000, 99_000 + len(claimed) - 1))
     assert alive.claims()[0] == "alive"
 
@@ -115,8 +128,7 @@ def test_a_renewed_claim_stays(chunks: MakeQueue) -> None:
     short.reconcile(2, set())
     assert (short.claim(ALL), short.claim(ALL)) == (0, 1)
     assert chunks("a", LONG).renew(0)
-    claimed: list[int | None] = []
-    eventually(lambda: claimed.append(other.claim(ALL)) or claimed[-1] is not None)
+    claimed = until(lambda: other.claim(ALL), lambda index: index is not None)
     assert claimed[-1] == 1, "0 would have been over before it"
     assert other.claim(ALL) is None
 
@@ -179,9 +191,8 @@ def test_reconciling_forgets_what_was_committed_meanwhile(chunks: MakeQueue) -> 
     assert (a.claim(ALL), a.claim(ALL)) == (0, 1)
     a.reconcile(6, {0, 3})
     assert a.claims() == {1: "a"}
-    found = set(drain(chunks("b")))
-    eventually(lambda: found.update(drain(chunks("b"))) or 1 in found)
-    assert found == {1, 2, 4, 5}
+    found = until(lambda: drain(chunks("b")), lambda indices: 1 in indices)
+    assert sorted(index for indices in found for index in indices) == [1, 2, 4, 5]
 
 
 def test_an_empty_redis_is_filled_from_the_store(chunks: MakeQueue, client: Client, prefix: str) -> None:
@@ -469,8 +480,7 @@ def test_a_renewed_lease_stays(runs: MakeRuns) -> None:
     short.add("left", 1)
     assert (short.lease(), short.lease()) == ("kept", "left")
     assert runs("a", LONG).renew("kept")
-    leased: list[str | None] = []
-    eventually(lambda: leased.append(other.lease()) or leased[-1] is not None)
+    leased = until(other.lease, lambda run: run is not None)
     assert leased[-1] == "left"
     assert other.holder("kept") == "a"
 
