@@ -33,6 +33,8 @@ class Progress:
         self._looked = self._printed = float("-inf")
         self._rates: dict[str, tuple[float, int]] = {}
         self._live: Live | None = None
+        self.note = ""
+        """What else is going on, such as a report being made."""
 
     def __enter__(self) -> Self:
         if sys.stdout.isatty():
@@ -113,13 +115,16 @@ class Progress:
     def _line(self, state: State, workers: dict[str, dict[str, Any]]) -> str:
         parts = [f"{time.monotonic() - self._started:6.0f} s  harvest {self._harvest(state)}"]
         for run_id, (rows, total, figures, remark) in self._live_runs(state, workers).items():
-            rate = self._rate(run_id, rows)
-            left = (total - rows) / rate if rate else None
             losses = " ".join(f"{name}: loss {f['loss']:.3g} L0 {f['l0']:.0f}" for name, f in figures.items())
-            parts.append(
-                f"{run_id} {rows:,}/{total:,} rows, {rate:,.0f} rows/s, {remaining(left)} ({remark}) {losses}"
-            )
-        return "  |  ".join(parts)
+            parts.append(f"{run_id} {self._pace(run_id, rows, total)} ({remark}) {losses}")
+        return "  |  ".join([*parts, self.note] if self.note else parts)
+
+    def _pace(self, run_id: str, rows: int, total: int) -> str:
+        rate = self._rate(run_id, rows)
+        if rows == total:
+            return f"{rows:,} rows"
+        left = (total - rows) / rate if rate else None
+        return f"{rows:,}/{total:,} rows, {rate:,.0f} rows/s, {remaining(left)}"
 
     def _screen(self, state: State, workers: dict[str, dict[str, Any]]) -> "RenderableType":
         from rich.console import Group
@@ -137,13 +142,8 @@ class Progress:
             saes.add_column(column, justify="left" if column == "SAE" else "right")
         backlog = 0
         for run_id, (rows, total, figures, remark) in self._live_runs(state, workers).items():
-            rate = self._rate(run_id, rows)
-            left = (total - rows) / rate if rate else None
-            stages.add_row(
-                run_id,
-                ProgressBar(total=total or 1, completed=rows, width=30),
-                f"{rows:,}/{total:,} rows, {rate:,.0f} rows/s, {remaining(left)} ({remark})",
-            )
+            bar = ProgressBar(total=total or 1, completed=rows, width=30)
+            stages.add_row(run_id, bar, f"{self._pace(run_id, rows, total)} ({remark})")
             backlog += max(0, state.committed_rows - rows)
             for name, f in figures.items():
                 saes.add_row(
@@ -154,6 +154,8 @@ class Progress:
                     f"{f['dead_features']:.0f}",
                 )
         stages.add_row("backlog", "", f"{backlog:,} rows stored and not yet trained on")
+        if self.note:
+            stages.add_row("now", "", self.note)
         return Group(stages, "", saes)
 
 

@@ -48,6 +48,8 @@ class Child:
     started: float = 0.0
     quick_deaths: int = 0
     done: bool = False
+    talks: bool = False
+    """Its log's last line says how far it is."""
     start_at: float = 0.0
 
     def start(self) -> None:
@@ -141,11 +143,11 @@ def run(config: Config) -> int:
         (directory / REDIS_FILE).write_text(server.url + "\n")
     children: list[Child] = []
 
-    def child(name: str, *arguments: str) -> Child:
+    def child(name: str, *arguments: str, talks: bool = False) -> Child:
         log = directory / "logs" / f"{name}.log"
         # a configured port is the first child's; the others take the following ones
         port = config.metrics.port + len(children) if config.metrics.port > 0 else config.metrics.port
-        made = Child(name, ["--metrics-port", str(port), *arguments], log, environment)
+        made = Child(name, ["--metrics-port", str(port), *arguments], log, environment, talks=talks)
         children.append(made)
         return made
 
@@ -153,7 +155,7 @@ def run(config: Config) -> int:
         settings = config.redis.model_copy(update={"url": server.url}) if server else config.redis
         with Progress(config, settings) as progress:
             watch = partial(_watch, children, server, progress, stop)
-            corpus = child("corpus", "corpus", str(config_file))
+            corpus = child("corpus", "corpus", str(config_file), talks=True)
             watch(lambda: corpus.done)
             for number in range(config.producers):
                 child(f"producer-{number}", "produce", str(config_file))
@@ -164,7 +166,7 @@ def run(config: Config) -> int:
             watch(lambda: all(c.done for c in children))
             if not stop.is_set():
                 for name, arguments in _reports(config, config_file).items():
-                    child(name, *arguments)
+                    child(name, *arguments, talks=True)
                     # one after the other: each loads the model and uses the whole machine
                     watch(lambda: all(c.done for c in children))
     finally:
@@ -205,6 +207,8 @@ def _watch(
             LOGGER.warning("the embedded Valkey server had ended; started it again")
         for child in children:
             child.check()
+        talking = [child for child in children if child.talks and child.process and not child.done]
+        progress.note = "; ".join(child.last_words() for child in talking)
         progress.update()
         stop.wait(POLL_SECONDS)
 

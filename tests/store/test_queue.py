@@ -298,6 +298,16 @@ def test_opening_again_changes_nothing(feed: Feed) -> None:
     assert feed.add(1, 1)
 
 
+def test_opening_again_does_not_set_a_feed_back(client: Client, prefix: str) -> None:
+    feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, 6, 2, 2, 7))
+    feed.open()
+    feed.add(5, 5)
+    feed.trim(6)
+    feed.open()
+    assert not feed.add(5, 5)
+    assert feed.add(6, 6)
+
+
 def test_nobody_makes_a_feed_by_adding_to_it(client: Client, spec: FeedSpec) -> None:
     feed = Feed(client, spec)
     assert not feed.add(0, 0)

@@ -38,7 +38,7 @@ class StandardSAE(SAE):
         self.settings = settings
 
     def encode(self, x: Tensor) -> Tensor:
-        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+        return torch.relu(self.pre_acts(x))
 
     def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         acts = self.encode(x)
@@ -51,5 +51,5 @@ class StandardSAE(SAE):
             loss=mse + coefficient * l1,
             components={"mse": mse, "l1": l1},
             reconstruction=reconstruction,
-            active=(acts > 0).sum(dim=0),
+            active=(acts > 0).sum(dim=0, dtype=torch.int32),
         )

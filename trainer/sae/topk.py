@@ -40,10 +40,10 @@ class TopKSAE(SAE):
         self.k = min(settings.k, settings.d_sae)
 
     def encode(self, x: Tensor) -> Tensor:
-        return _keep_top(self._pre_acts(x), self.k)
+        return _keep_top(self.pre_acts(x), self.k)
 
     def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
-        pre_acts = self._pre_acts(x)
+        pre_acts = self.pre_acts(x)
         acts = _keep_top(pre_acts, self.k)
         directions = self.directions()
         reconstruction = acts @ directions + self.b_dec
@@ -61,13 +61,11 @@ class TopKSAE(SAE):
             aux = torch.nan_to_num(aux, nan=0.0, posinf=0.0)
             components["aux"] = aux
             loss = loss + self.settings.aux_coefficient * aux
-        return StepResult(loss, components, reconstruction, (acts > 0).sum(dim=0))
-
-    def _pre_acts(self, x: Tensor) -> Tensor:
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
+        active = (acts > 0).sum(dim=0, dtype=torch.int32)
+        return StepResult(loss, components, reconstruction, active)
 
 
 def _keep_top(pre_acts: Tensor, k: int) -> Tensor:
     """[B, S] with all but each row's k largest values set to zero, and negative ones too."""
     top = pre_acts.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter(-1, top.indices, torch.relu(top.values))
+    return torch.zeros_like(pre_acts).scatter_(-1, top.indices, torch.relu(top.values))
