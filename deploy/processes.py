@@ -33,8 +33,9 @@ def produce(config: Config) -> None:
     from penstock.common.heartbeat import Heartbeat
     from penstock.common.model.files import find_model
     from penstock.common.redis import connect
-    from penstock.producer.loop import Sink, Work
     from penstock.producer.loop import produce as run_loop
+    from penstock.producer.sink import Sink
+    from penstock.producer.work import Work
     from penstock.store.dataset import DatasetWriter
     from penstock.store.queue import ChunkQueue, Presence
 

@@ -15,8 +15,10 @@ from penstock.common.errors import Unavailable
 from penstock.common.health import Health
 from penstock.common.heartbeat import Heartbeat
 from penstock.common.redis import Client
-from penstock.producer import loop
-from penstock.producer.loop import Sink, Work, produce
+from penstock.producer import work as work_module
+from penstock.producer.loop import produce
+from penstock.producer.sink import Sink
+from penstock.producer.work import Work
 from penstock.store.dataset import Chunk, DatasetWriter, open_dataset
 from penstock.store.manifest import Manifest
 from penstock.store.objects import open_store
@@ -272,7 +274,7 @@ def test_lost_redis_connections_are_survived(
 def test_redis_gone_for_good_ends_the_producer(
     client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "REDIS_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(work_module, "REDIS_PATIENCE_SECONDS", 0.1)
     gone: Client = redis.Redis(
         unix_socket_path=str(tmp_path / "none.sock"), protocol=2, retry=Retry(NoBackoff(), 0)
     )

@@ -18,7 +18,9 @@ import yaml
 from penstock.common import metrics
 from penstock.common.errors import ConfigError, Fenced, ObjectMissing, UserError
 from penstock.common.redis import Client, EmbeddedServer
-from penstock.producer.loop import Sink, Work, produce
+from penstock.producer.loop import produce
+from penstock.producer.sink import Sink
+from penstock.producer.work import Work
 from penstock.store.dataset import Chunk, Dataset, DatasetWriter
 from penstock.store.objects import open_store
 from penstock.store.queue import ChunkQueue
@@ -26,7 +28,7 @@ from penstock.trainer.config import RunConfig
 from penstock.trainer.group import Group
 from penstock.trainer.lineage import Lineage, load_checkpoint, load_history, take_over
 from penstock.trainer.load import load_sae
-from penstock.trainer.worker import RunObserver
+from penstock.trainer.observer import RunObserver
 from services.command import COMMAND
 from services.runs import Bench, digests, run_settings, standard, topk
 from services.synthetic import (
