@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -47,7 +48,9 @@ class HealthServer:
                 f"metrics.port: cannot listen on {host}:{port}: {error.strerror}; choose another port"
             ) from error
         self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
+        # a short poll, so that closing does not hold a stopping process up
+        serve = partial(self._server.serve_forever, poll_interval=0.05)
+        threading.Thread(target=serve, name="health", daemon=True).start()
 
     def close(self) -> None:
         if self._server is not None:

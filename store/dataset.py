@@ -184,7 +184,13 @@ class DatasetWriter:
         self._pool = ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
 
     def arrange(self, index: int, chunk: Chunk) -> dict[str, Array]:
-        """A chunk's rows, permuted by the dataset's seed and padded to R, by array path."""
+        """A chunk's rows, permuted by the dataset's seed and padded to R, by array path.
+
+        Raises:
+            ValueError: the rows are not what the manifest plans.
+        """
+        if chunk.rows != self.manifest.rows[index]:
+            raise ValueError(f"chunk {index} has {chunk.rows} rows, not {self.manifest.rows[index]}")
         order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
         rows: dict[str, Array] = {acts_array(name): acts for name, acts in chunk.acts.items()}
         rows |= {TOKENS: chunk.tokens, SEQUENCE: chunk.sequence, POSITION: chunk.position}
@@ -194,8 +200,13 @@ class DatasetWriter:
             full = np.full(spec.chunk_shape, fill, spec.dtype)
             # 16-bit integers gather faster than bfloat16, and the bits are the same
             plain = np.uint16 if spec.dtype.itemsize == 2 else spec.dtype
-            source = rows[spec.path].view(plain)
-            np.take(source, order, axis=0, out=full.view(plain)[: chunk.rows])
+            given = rows[spec.path]
+            if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
+                raise ValueError(
+                    f"chunk {index}: {spec.path} is {given.dtype} {list(given.shape)}, not "
+                    f"{spec.dtype} [rows{''.join(f', {n}' for n in spec.shape[1:])}]"
+                )
+            np.take(given.view(plain), order, axis=0, out=full.view(plain)[: chunk.rows])
             arranged[spec.path] = full
         return arranged
 

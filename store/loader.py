@@ -138,11 +138,10 @@ class WindowLoader:
 
 
 class Batches:
-    """An iterator over a dataset's shuffled batches; closing it stops the reading ahead."""
+    """An iterator over a dataset's shuffled batches. Reading begins with the first one; closing stops it."""
 
-    def __init__(self, loader: WindowLoader, n_windows: int, batch_rows: int) -> None:
-        self._loader = loader
-        self._iterator = self._iterate(n_windows, batch_rows)
+    def __init__(self, start: Callable[[], WindowLoader], n_windows: int, batch_rows: int) -> None:
+        self._iterator = self._iterate(start, n_windows, batch_rows)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -152,17 +151,19 @@ class Batches:
 
     def close(self) -> None:
         self._iterator.close()
-        self._loader.close()
 
-    def _iterate(self, n_windows: int, batch_rows: int) -> Generator[dict[str, Tensor], None, None]:
+    def _iterate(
+        self, start: Callable[[], WindowLoader], n_windows: int, batch_rows: int
+    ) -> Generator[dict[str, Tensor], None, None]:
+        loader = start()
         try:
             for _ in range(n_windows):
                 loaded = None
                 while loaded is None:
-                    loaded = self._loader.get(timeout=1.0)
+                    loaded = loader.get(timeout=1.0)
                 yield from loaded.batches(batch_rows)
         finally:
-            self._loader.close()
+            loader.close()
 
 
 def dataset_batches(
@@ -177,8 +178,11 @@ def dataset_batches(
     for hook in hooks:
         dataset.manifest.d_in(hook)
     order = ReadingOrder(dataset.n_chunks, epochs, window_chunks, seed)
-    loader = WindowLoader(dataset, hooks, order, 0, await_chunk=lambda position, chunk: None)
-    return Batches(loader, order.n_windows, batch_rows)
+
+    def start() -> WindowLoader:
+        return WindowLoader(dataset, hooks, order, 0, await_chunk=lambda position, chunk: None)
+
+    return Batches(start, order.n_windows, batch_rows)
 
 
 def _concatenate(parts: Sequence[np.ndarray]) -> Tensor:

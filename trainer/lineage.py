@@ -8,7 +8,7 @@ is a head too, so that a worker that was only slow is fenced off from then on.
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -247,14 +247,17 @@ class Lineage:
                 self.runs.delete(key)
 
 
-def load_checkpoint(runs: ObjectStore, run_id: str, head: Head) -> dict[str, bytes]:
-    """A head's checkpoint files by name, each checked against the head.
+def load_checkpoint(
+    runs: ObjectStore, run_id: str, head: Head, names: Iterable[str] | None = None
+) -> dict[str, bytes]:
+    """A head's checkpoint files by name (all by default), each checked against the head.
 
     Raises:
         DamagedObject, ObjectMissing
     """
     files = {}
-    for name, stored in head.checkpoint.items():
+    for name in head.checkpoint if names is None else names:
+        stored = head.checkpoint[name]
         data = runs.get(f"{run_id}/{stored.key}")
         if len(data) != stored.size or hashlib.sha256(data).hexdigest() != stored.sha256:
             raise DamagedObject(f"{runs.url}/{run_id}/{stored.key} is damaged")

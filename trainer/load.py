@@ -37,14 +37,16 @@ def load_saes(
     settings = {sae.name: sae for sae in config.settings.saes}
     if head is None or not head.checkpoint:
         raise UserError(f"run {config.run_id} has no checkpoint yet; train it first")
-    files = load_checkpoint(runs, config.run_id, head)
-    loaded = {}
-    for name in names or list(settings):
+    wanted = list(settings) if names is None else names
+    for name in wanted:
         if name not in settings:
             raise UserError(
                 f"run {config.run_id} has no SAE {name!r}.{nearest(name, settings)} It has "
                 f"{', '.join(settings)}."
             )
+    files = load_checkpoint(runs, config.run_id, head, [f"sae/{name}" for name in wanted])
+    loaded = {}
+    for name in wanted:
         weights = safetensors.torch.load(files[f"sae/{name}"])
         scale = float(weights.pop("scale"))
         sae = build(config.dataset.widths[settings[name].hook_name], settings[name])

@@ -129,7 +129,7 @@ def run_together(producers: Iterable[Producer]) -> None:
             failures.append(error)
 
     producers = list(producers)
-    threads = [threading.Thread(target=run, args=(producer,)) for producer in producers]
+    threads = [threading.Thread(target=run, args=(producer,), daemon=True) for producer in producers]
     for producer in producers:
         assert not producer.work._complete()
     for thread in threads:
@@ -199,7 +199,7 @@ def test_a_slow_producers_chunk_stays_its_own_while_it_renews(client: Client, tm
     slow_source = CountingSource(make_manifest(), seconds=5 * lease)
     slow = Producer(client, prefix, url, "slow", slow_source, lease_seconds=lease)
     heartbeat = Heartbeat(slow.work.renew, lease, Health())
-    thread = threading.Thread(target=slow.run)
+    thread = threading.Thread(target=slow.run, daemon=True)
     thread.start()
     eventually(lambda: slow.work.held)
     quick = Producer(client, prefix, url, "quick", lease_seconds=lease)
@@ -325,7 +325,7 @@ def test_commits_are_announced_in_reading_order(client: Client, tmp_path: Path) 
         slow.sink.put(index, SyntheticSource(manifest).chunk(index))
     slow.sink._settle()
     other = Producer(client, prefix, url, "other")
-    thread = threading.Thread(target=other.run)
+    thread = threading.Thread(target=other.run, daemon=True)
     thread.start()
     eventually(lambda: len(other.committed) == CHUNKS - 3)
     assert [chunk for _, chunk in feeds[0].read(0, 10)] == [0, 1]

@@ -23,9 +23,9 @@ def topk(**changes: Any) -> dict[str, Any]:
         "name": "topk",
         "architecture": "topk",
         "hook_name": RESID,
-        "d_sae": 24,
-        "k": 3,
-        "dead_after_rows": 500,
+        "d_sae": 64,
+        "k": 2,
+        "dead_after_rows": 150,
         "lr": 3e-3,
         "lr_warmup_steps": 5,
     } | changes

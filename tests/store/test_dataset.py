@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -340,16 +341,29 @@ def test_a_commit_describes_what_a_dead_writer_left(
 
 
 def test_rows_are_counted_in_what_is_stored(
-    store: LocalStore, writer: DatasetWriter, manifest: Manifest
+    store: LocalStore, writer: DatasetWriter, manifest: Manifest, tmp_path: Path
 ) -> None:
     """A commit is a function of the stored bytes, and not of the chunk that this writer brought."""
     shorter = make_manifest([ROWS[0], 100, *ROWS[2:]])
-    left = writer.arrange(1, make_chunk(shorter, 1))
+    other = DatasetWriter(LocalStore(str(tmp_path / "other")), shorter)
+    left = other.arrange(1, make_chunk(shorter, 1))
+    other.close()
     for spec in writer.specs:
         store.create(spec.key(GROUP, 1), encode_payload(left[spec.path]))
     commit, _ = writer.write(1, make_chunk(manifest, 1))
     assert commit.rows == 100
     assert commit.moments[MLP] == moments(left[f"acts/{MLP}"][:100])
+
+
+def test_rows_that_the_manifest_does_not_plan_are_refused(writer: DatasetWriter, manifest: Manifest) -> None:
+    chunk: Any = make_chunk(manifest, 1)
+    with pytest.raises(ValueError, match="has 100 rows"):
+        writer.arrange(1, make_chunk(make_manifest([ROWS[0], 100, *ROWS[2:]]), 1))
+    with pytest.raises(ValueError, match="tokens is int64"):
+        writer.arrange(1, replace(chunk, tokens=chunk.tokens.astype(np.int64)))
+    halves: dict[str, Any] = {name: acts.astype(np.float16) for name, acts in chunk.acts.items()}
+    with pytest.raises(ValueError, match="is float16"):
+        writer.arrange(1, replace(chunk, acts=halves))
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"\x01" + data[1:]])

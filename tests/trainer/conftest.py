@@ -10,7 +10,7 @@ import torch
 from penstock.common.redis import Client, EmbeddedServer
 from penstock.store.dataset import Dataset
 from penstock.store.objects import open_store
-from penstock.trainer import supply, worker
+from penstock.trainer import observer, supply, worker
 from services.runs import Bench
 from services.synthetic import write_dataset
 from services.valkey import connected, fresh_prefix, valkey_server
@@ -45,6 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supply, "BLOCK_MS", 20)
     monkeypatch.setattr(worker, "IDLE_SECONDS", 0.02)
     monkeypatch.setattr(worker, "RECONCILE_SECONDS", 0.1)
+    monkeypatch.setattr(observer, "RECONCILE_SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)

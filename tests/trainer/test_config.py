@@ -99,8 +99,8 @@ class TestArithmetic:
 class TestRefusals:
     def test_k_larger_than_the_dictionary(self, dataset: Dataset) -> None:
         with pytest.raises(ConfigError, match="topk: k is 25, more than its d_sae of 24"):
-            resolve_run(run_settings(saes=[topk(k=25)]), dataset)
-        assert resolve_run(run_settings(saes=[topk(k=24)]), dataset)
+            resolve_run(run_settings(saes=[topk(d_sae=24, k=25)]), dataset)
+        assert resolve_run(run_settings(saes=[topk(d_sae=24, k=24)]), dataset)
 
     def test_a_hook_that_the_dataset_lacks(self, dataset: Dataset) -> None:
         with pytest.raises(UserError, match=r"hook 'blocks\.9\.hook_out' is not in this dataset.*resid_post"):

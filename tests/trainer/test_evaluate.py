@@ -1,5 +1,6 @@
 """The evaluation, checked against dictionaries whose score is known and against direct computation."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -145,8 +146,7 @@ def test_figures_equal_direct_computation(
     edges = np.array(figures["density"]["log10_edges"])
     share = np.log10(fired[fired > 0] / len(x))
     expected = [
-        int(((share >= low) & ((share < high) | (high == edges[-1]))).sum())
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
+        int(((share >= low) & ((share < high) | (high == edges[-1]))).sum()) for low, high in pairwise(edges)
     ]
     assert counts == expected
 

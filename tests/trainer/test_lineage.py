@@ -107,7 +107,7 @@ class TestTakingOver:
             start.wait()
             lineages.append(taken_over(runs))
 
-        threads = [threading.Thread(target=run) for _ in range(6)]
+        threads = [threading.Thread(target=run, daemon=True) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -192,9 +192,10 @@ class TestFencing:
     ) -> None:
         lineage = taken_over(runs)
         commit(lineage, 1)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(lineage, "_create", _killed)
-            commit(lineage, 2)
+            with pytest.raises(KeyboardInterrupt):
+                commit(lineage, 2)
         again = taken_over(runs)
         assert (again.head.n, again.head.position) == (2, 1)
         assert again.load() == files(1)

@@ -95,6 +95,25 @@ def test_the_initial_encoder_is_the_decoders_transpose() -> None:
     assert not other.b_dec.any()
 
 
+@pytest.mark.parametrize("settings", KINDS, ids=lambda s: s.architecture)
+def test_gradients_are_those_of_the_formula(settings: SAESettings) -> None:
+    """Also of b_dec, which takes part in encoding and decoding."""
+    x = rows()
+    mine, plain = made(settings), made(settings)
+    mine.training_pass(x, START, None).loss.backward()  # type: ignore[no-untyped-call]
+    pre = (x - plain.b_dec) @ plain.W_enc + plain.b_enc
+    if isinstance(settings, TopKSettings):
+        kept = torch.zeros_like(pre).scatter(1, pre.topk(settings.k, dim=1).indices, 1.0)
+        acts, penalty = pre.clamp(min=0) * kept, torch.zeros(())
+    else:
+        acts = pre.clamp(min=0)
+        penalty = 0.7 * acts.sum() / B
+    again = acts @ (plain.W_dec / plain.W_dec.norm(dim=1, keepdim=True)) + plain.b_dec
+    (((x - again) ** 2).sum() / B + penalty).backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(mine.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
 class TestStandard:
     def test_l1_undershoots_by_half_of_lambda(self) -> None:
         """Unit-norm decoder, target 2, λ = 1: the best activation is 1.5."""
@@ -110,7 +129,7 @@ class TestStandard:
             sae.training_pass(x, START, None).loss.backward()  # type: ignore[no-untyped-call]
             assert sae.b_enc.grad is not None
             with torch.no_grad():
-                sae.b_enc -= 0.5 * sae.b_enc.grad
+                sae.b_enc.sub_(0.5 * sae.b_enc.grad)
         assert sae.encode(x)[:, 0].tolist() == [1.5, 1.5, 1.5]
         assert number(sae.training_pass(x, START, None).loss) == 0.25 + 1.5
 
@@ -141,7 +160,7 @@ class TestTopK:
     def test_exactly_the_k_largest_are_kept(self) -> None:
         sae, x = made(topk_settings()), rows()
         with torch.no_grad():
-            sae.b_enc += 50
+            sae.b_enc.add_(50)
         acts = sae.encode(x)
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         for i in range(B):
@@ -154,7 +173,7 @@ class TestTopK:
     def test_negative_ones_are_not_kept(self) -> None:
         sae, x = made(topk_settings()), rows()
         with torch.no_grad():
-            sae.b_enc -= 50
+            sae.b_enc.sub_(50)
         assert not sae.encode(x).any()
 
     def test_k_up_to_the_whole_dictionary(self) -> None:
