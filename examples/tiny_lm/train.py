@@ -4,7 +4,7 @@ GPT-2 architecture (6 layers, 4 heads, d_model 192, context 256, tied embeddings
 4,096 tokens. Matrices are trained by Muon (momentum orthogonalised by Newton-Schulz iterations;
 Jordan et al. 2024), everything else by AdamW, both under one warm-up and cosine schedule.
 
-    python examples/tiny_lm/train.py OUT --steps 2400
+    python examples/tiny_lm/train.py OUT --compile
 
 writes an ordinary Hugging Face directory (config, bf16 safetensors, tokenizer, model card) to OUT.
 Which files are held out is decided by `penstock.producer.text.is_held_out`.
@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def pack(stream: np.ndarray, offset: int = 0) -> np.ndarray:
     return packed
 
 
-def batches(stream: np.ndarray, size: int, seed: int) -> "iter":
+def batches(stream: np.ndarray, size: int, seed: int) -> Iterator[Tensor]:
     """Batches of packed sequences for ever; each pass cuts the stream at another offset."""
     epoch = 0
     while True:
@@ -155,8 +156,8 @@ def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=32, help="sequences of 256 tokens")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 256 tokens")
     parser.add_argument("--d-model", type=int, default=192)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--muon-lr", type=float, default=2e-2)

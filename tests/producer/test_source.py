@@ -129,3 +129,16 @@ def test_progress_is_told_after_each_forward_pass(small_corpus: Corpus, manifest
     beats: list[int] = []
     LanguageModelSource(manifest, small_corpus, shipped_model(), lambda: beats.append(1)).chunk(0)
     assert len(beats) == 2
+
+
+def test_layers_behind_the_last_hook_point_are_not_run(small_corpus: Corpus, manifest: Manifest) -> None:
+    ran: list[int] = []
+    layers = shipped_model()._bridge.original_model.transformer.h
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, output, number=number: ran.append(number))
+        for number, layer in enumerate(layers)
+    ]
+    LanguageModelSource(manifest, small_corpus, shipped_model()).chunk(0)
+    for handle in handles:
+        handle.remove()
+    assert set(ran) == {0, 1, 2, 3}

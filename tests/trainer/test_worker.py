@@ -233,7 +233,7 @@ class TestStreaming:
                 time.sleep(0.05)
             writer.close()
 
-        committing = threading.Thread(target=commit)
+        committing = threading.Thread(target=commit, daemon=True)
         committing.start()
         bench.work()
         committing.join()
@@ -258,7 +258,7 @@ class TestStreaming:
                 time.sleep(0.02)
                 return source.chunk(index)
 
-        producing = threading.Thread(target=produce, args=(work, Slow(), sink, threading.Event()))
+        producing = threading.Thread(target=produce, args=(work, Slow(), sink, threading.Event()), daemon=True)
         producing.start()
         bench.work()
         producing.join()
@@ -312,7 +312,7 @@ def interrupted(how: str, after: int, stop: threading.Event) -> Iterator[None]:
 def working(bench: Bench) -> Iterator[threading.Event]:
     """A worker in a thread, asked to stop at the end of the block at the latest."""
     stop = threading.Event()
-    worker = threading.Thread(target=bench.work, args=(stop,))
+    worker = threading.Thread(target=bench.work, args=(stop,), daemon=True)
     worker.start()
     try:
         yield stop
@@ -428,7 +428,7 @@ class TestDisturbed:
         self, bench: Bench, dataset: Dataset, reference: Callable[..., dict[str, str]]
     ) -> None:
         configs = [bench.submit(dataset, name=name) for name in ("a", "b", "c")]
-        workers = [threading.Thread(target=bench.work) for _ in range(2)]
+        workers = [threading.Thread(target=bench.work, daemon=True) for _ in range(2)]
         for worker in workers:
             worker.start()
         for worker in workers:
