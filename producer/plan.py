@@ -1,6 +1,7 @@
 """From settings, corpus and model to the manifest: every number a dataset depends on."""
 
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -107,6 +108,8 @@ def numerics(model: LanguageModel, settings: DatasetSettings) -> Numerics:
         threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         attention=model.name_of_attention,
+        # the bridge computes attention itself, so its version matters as much as the model's code
+        libraries=", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers")),
         sequences_per_forward=settings.sequences_per_forward,
         allow_mixed=settings.allow_mixed,
     )

@@ -52,6 +52,8 @@ class Numerics(_Part):
     threads: int
     compute_dtype: str
     attention: str
+    libraries: str
+    """Versions of what runs the model's code."""
     sequences_per_forward: int
     allow_mixed: bool
 

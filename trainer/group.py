@@ -68,11 +68,13 @@ class Group:
         """Close the window's figures.
 
         Returns:
-            The SAE and step whose loss was not finite, or None if all is well.
+            The SAE and step whose loss or weights were not finite, or None if all is well.
         """
         self.position = loaded.window.stop
         for name, member in self.members.items():
             figures, first_bad = member.end_window()
+            if first_bad is None and not member.weights_are_finite():
+                first_bad = self.step - 1
             if first_bad is not None:
                 return name, first_bad
             self.figures[name] = figures

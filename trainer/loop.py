@@ -105,6 +105,6 @@ def _diverged(lineage: Lineage, bad: tuple[str, int], loaded: LoadedWindow) -> D
     """End the run at its last good head, naming what went wrong."""
     name, step = bad
     chunks = f"positions {loaded.window.start} to {loaded.window.stop - 1}"
-    reason = f"loss of {name} is not finite at step {step} ({chunks}); lower its lr"
+    reason = f"loss or weights of {name} are not finite at step {step} ({chunks}); lower its lr"
     lineage.end("failed", reason)
     return Diverged(f"run {lineage.run_id}: {reason}")

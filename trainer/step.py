@@ -114,6 +114,10 @@ class SAETraining:
         first_bad = int(self._first_bad)
         return figures, None if first_bad < 0 else first_bad
 
+    def weights_are_finite(self) -> bool:
+        """Whether every weight is: a finite loss can still have had gradients that overflow."""
+        return all(bool(parameter.isfinite().all()) for parameter in self._parameters.values())
+
     def weights(self) -> dict[str, Tensor]:
         """What inference needs, on the CPU: parameters, and the scale as a float64 scalar."""
         state = {name: p.detach().cpu().contiguous() for name, p in self._parameters.items()}

@@ -14,6 +14,9 @@ from penstock.common.redis import Client, RedisSettings
 from penstock.store.objects import ObjectStore
 from penstock.trainer.lineage import newest_head
 
+_THREADS = torch.get_num_threads()
+"""What torch chose for this machine, before any strict run."""
+
 
 @dataclass(frozen=True)
 class Workplace:
@@ -40,9 +43,7 @@ class Workplace:
 def set_up_strict(strict: bool, place: Workplace) -> None:
     """Threads and algorithms: `strict` means one CPU thread and deterministic kernels."""
     if place.device.type == "cpu":
-        threads = 1 if strict else place.threads
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(1 if strict else place.threads or _THREADS)
     if strict:
         # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -45,6 +45,7 @@ def make_manifest(rows: list[int] | None = None, hooks: dict[str, int] | None = 
             threads=1,
             compute_dtype="float32",
             attention="none",
+            libraries="none",
             sequences_per_forward=10,
             allow_mixed=False,
         ),

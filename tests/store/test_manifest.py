@@ -42,6 +42,7 @@ def manifest(**changes: Any) -> Manifest:
             threads=1,
             compute_dtype="float32",
             attention="sdpa",
+            libraries="transformers 5.23.0",
             sequences_per_forward=2,
             allow_mixed=False,
         ),
@@ -67,7 +68,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def test_digest_is_golden() -> None:
-    assert manifest().digest == "81d62e13210e1ffd5566515e1d305e83899d737ff4c9189ae4f0dd10cc09fd64"
+    assert manifest().digest == ""
 
 
 def test_equal_plans_have_equal_bytes() -> None:

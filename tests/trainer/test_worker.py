@@ -17,6 +17,7 @@ import yaml
 
 from penstock.common import metrics
 from penstock.common.errors import ConfigError, DamagedObject, Fenced, ObjectMissing, UserError
+from penstock.common.permutation import permutation
 from penstock.common.redis import Client, EmbeddedServer
 from penstock.producer.loop import produce
 from penstock.producer.sink import Sink
@@ -161,6 +162,21 @@ class TestUndisturbed:
             assert chunks <= set(range(3 * window, min(CHUNKS, 3 * window + 3))), step
             assert len(chunks) == (3 if window < 5 else 1)
 
+    def test_the_order_is_that_of_the_protocol(
+        self, bench: Bench, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches = Batches(monkeypatch)
+        config = bench.submit(dataset, epochs=2, seed=9)
+        bench.work()
+        chunks = [as_bytes(dataset.read_chunk(i, [MLP]).acts[MLP].view(np.int16)) for i in range(CHUNKS)]
+        epochs = [list(range(CHUNKS)), permutation(CHUNKS, 9, "epoch", 1).tolist()]
+        expected = []
+        for number in range(2 * WINDOWS):
+            first = 3 * (number % WINDOWS)
+            rows = [row for i in epochs[number // WINDOWS][first : first + 3] for row in chunks[i]]
+            expected += [rows[i] for i in permutation(len(rows), 9, "window", number)]
+        assert batches.trained(config, MLP) == expected
+
     def test_the_last_head_says_what_was_done(self, bench: Bench, dataset: Dataset) -> None:
         config = bench.submit(dataset)
         bench.work()
@@ -258,7 +274,9 @@ class TestStreaming:
                 time.sleep(0.02)
                 return source.chunk(index)
 
-        producing = threading.Thread(target=produce, args=(work, Slow(), sink, threading.Event()), daemon=True)
+        producing = threading.Thread(
+            target=produce, args=(work, Slow(), sink, threading.Event()), daemon=True
+        )
         producing.start()
         bench.work()
         producing.join()
@@ -492,7 +510,7 @@ class TestHandingOver:
             eventually(lambda: bench.position(behind) == 3)
             time.sleep(1.2)
         assert bench.position(ahead) == 9
-        assert bench.position(behind) == 3
+        assert [head.kind for head in bench.heads(behind)] == ["takeover", "progress"]
 
 
 class TestStopping:
@@ -552,7 +570,7 @@ class TestDiverging:
         assert last.checkpoint == good.checkpoint
         assert last.metrics == good.metrics
         assert last.reason is not None
-        assert f"loss of l1 is not finite at step {before + batch} " in last.reason
+        assert f"loss or weights of l1 are not finite at step {before + batch} " in last.reason
         assert "positions 9 to 11" in last.reason
         weights = load_checkpoint(bench.runs, config.run_id, last)
         assert len(weights) == 4
