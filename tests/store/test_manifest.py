@@ -68,7 +68,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def test_digest_is_golden() -> None:
-    assert manifest().digest == ""
+    assert manifest().digest == "ccef5cd207feaa6d976adc41eda1fa0af6d636197045639ea4454be5042a018a"
 
 
 def test_equal_plans_have_equal_bytes() -> None:
