@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import harvest, loader, step
 from benchmarks.measure import Case
-from penstock.producer.plan import device_kind
+from penstock.common.device import device_kind
 
 BENCHMARKS = {"loader": loader.run, "step": step.run, "harvest": harvest.run}
 

@@ -139,17 +139,11 @@ def train(config: Config, drain: bool) -> None:
     runs = open_store(config.runs_url)
     runs.probe()
 
-    import torch
-
+    from penstock.common.device import open_device
     from penstock.trainer.worker import work
     from penstock.trainer.workplace import Workplace
 
-    try:
-        device = torch.device(config.trainer.device)
-    except RuntimeError as error:
-        raise ConfigError(f"trainer.device: {config.trainer.device!r} is no torch device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"trainer.device: {device} is asked for, but torch sees no CUDA device")
+    device = open_device(config.trainer.device, "trainer.device")
     place = Workplace(
         runs=runs,
         client=client,

@@ -1,14 +1,13 @@
 """From settings, corpus and model to the manifest: every number a dataset depends on."""
 
-import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from penstock.common.device import device_kind
 from penstock.common.errors import ConfigError
 from penstock.common.model.language_model import LanguageModel
 from penstock.common.settings import Settings
@@ -113,22 +112,6 @@ def numerics(model: LanguageModel, settings: DatasetSettings) -> Numerics:
         sequences_per_forward=settings.sequences_per_forward,
         allow_mixed=settings.allow_mixed,
     )
-
-
-def device_kind(device: torch.device) -> str:
-    """The kind of hardware: another instruction set or card gives other bits."""
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {platform.machine()} {_cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _cpu_vendor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("vendor_id"):
-                return line.split(":")[1].strip()
-    return platform.processor() or "unknown"
 
 
 def _sequences_per_chunk(context: int, widest: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import redis
 import torch
 
+from penstock.common.device import device_kind
 from penstock.common.errors import ConfigError
 from penstock.common.logs import LOGGER
 from penstock.common.redis import Client, RedisSettings
@@ -35,7 +36,7 @@ class Workplace:
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
-            "device": _device_kind(self.device),
+            "device": device_kind(self.device),
             "strict": strict,
         }
 
@@ -62,12 +63,6 @@ def check_environment(runs: ObjectStore, run_id: str, environment: dict[str, Any
     if strict:
         raise ConfigError(f"run {run_id} is strict and began elsewhere: {differing}; resume it there")
     LOGGER.warning("run %s: %s; its weights will not be bit-identical to one machine's", run_id, differing)
-
-
-def _device_kind(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def forgiving(action: Callable[[], object]) -> None:

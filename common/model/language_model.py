@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.common.errors import ConfigError, ModelError, nearest
+from penstock.common.device import open_device
+from penstock.common.errors import ModelError, nearest
 from penstock.common.model.files import ModelFiles, ModelSettings
 
 
@@ -20,7 +21,7 @@ class LanguageModel:
 
     def __init__(self, files: ModelFiles, settings: ModelSettings) -> None:
         self.files = files
-        self.device = _device(settings.device)
+        self.device = open_device(settings.device, "model.device")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         if self.device.type == "cpu" and settings.threads:
             torch.set_num_threads(settings.threads)
@@ -134,16 +135,6 @@ def _stop_after(hook_names: Sequence[str]) -> int | None:
         elif name not in ("hook_embed", "hook_pos_embed", "embed.hook_out", "pos_embed.hook_out"):
             return None
     return max(layers, default=-1) + 1
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"model.device: {name!r} is not a torch device; try cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"model.device: {name} is asked for, but torch sees no CUDA device here")
-    return device
 
 
 def _check_fits(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> None:
