@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from penstock.common.embedded import EmbeddedServer
 from penstock.common.errors import ConfigError, PenstockError, Unavailable, UserError
 from penstock.common.logs import LOGGER
 from penstock.common.process import stop_on_signals
-from penstock.common.redis import URL_VARIABLE, EmbeddedServer
+from penstock.common.redis import URL_VARIABLE
 from penstock.deploy.config import Config
 from penstock.deploy.progress import Progress
 from penstock.deploy.state import CONFIG_FILE, REDIS_FILE, State, read_state

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from penstock.common.redis import Client, EmbeddedServer, RedisSettings, connect
+from penstock.common.embedded import EmbeddedServer
+from penstock.common.redis import Client, RedisSettings, connect
 from services.valkey import debian_redis, fresh_prefix, valkey_server
 
 # a loaded machine is slow, which is no fault; what is found must be found again

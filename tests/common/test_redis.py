@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from penstock.common.embedded import EmbeddedServer
 from penstock.common.errors import ConfigError, PenstockError, Unavailable
-from penstock.common.redis import EmbeddedServer, RedisSettings, connect, without_password
+from penstock.common.redis import RedisSettings, connect, without_password
 from services.valkey import connected, debian_redis, fresh_prefix
 
 SECRET = "opensesame"

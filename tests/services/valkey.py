@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from penstock.common.redis import Client, EmbeddedServer, RedisSettings, connect
+from penstock.common.embedded import EmbeddedServer
+from penstock.common.redis import Client, RedisSettings, connect
 from services.waiting import eventually
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.common.redis import Client, EmbeddedServer
+from penstock.common.embedded import EmbeddedServer
+from penstock.common.redis import Client
 from penstock.store.dataset import Dataset
 from penstock.store.objects import open_store
 from penstock.trainer import observer, supply, worker

@@ -16,9 +16,10 @@ import torch
 import yaml
 
 from penstock.common import metrics
+from penstock.common.embedded import EmbeddedServer
 from penstock.common.errors import ConfigError, DamagedObject, Fenced, ObjectMissing, UserError
 from penstock.common.permutation import permutation
-from penstock.common.redis import Client, EmbeddedServer
+from penstock.common.redis import Client
 from penstock.producer.loop import produce
 from penstock.producer.sink import Sink
 from penstock.producer.work import Work
