@@ -9,9 +9,11 @@
     ├── Unavailable         a service did not answer after bounded retries       (exit code 2)
     ├── DataError           stored bytes are not what their record says          (exit code 1)
     │   ├── ObjectMissing
-    │   └── DamagedObject
+    │   ├── DamagedObject
+    │   └── Detached        a run may no longer read its dataset
     ├── Fenced              another worker has taken this run over; stop         (exit code 1)
-    └── Diverged            a training went non-finite                           (exit code 1)
+    └── RunFailed           a run has ended without success                      (exit code 1)
+        └── Diverged        its training went non-finite
 
 Every message is one line that names the field or object and what to do about it.
 """
@@ -70,7 +72,15 @@ class Fenced(PenstockError):
     """Another worker owns the run now; what this one did since its last head is discarded."""
 
 
-class Diverged(PenstockError):
+class Detached(DataError):
+    """A run was detached from its dataset, whose chunks may be gone."""
+
+
+class RunFailed(PenstockError):
+    """A run has ended without success; its last head stays."""
+
+
+class Diverged(RunFailed):
     """A loss turned non-finite."""
 
 

@@ -61,6 +61,10 @@ chunk_read_seconds = Histogram(
 chunk_corrupt = Counter(
     "penstock_chunk_corrupt", "Reads of chunks that failed their checks", registry=REGISTRY
 )
+chunks_repaired = Counter("penstock_chunks_repaired", "Damaged chunks made whole again", registry=REGISTRY)
+chunks_quarantined = Counter(
+    "penstock_chunks_quarantined", "Chunks given up: readers skip them", registry=REGISTRY
+)
 producer_rows = Counter("penstock_producer_rows", "Rows captured and committed", registry=REGISTRY)
 producer_blocked_seconds = Counter(
     "penstock_producer_blocked_seconds",
@@ -74,5 +78,6 @@ backlog_chunks = Gauge(
 object_retries = Counter(
     "penstock_object_retries", "Object store requests tried again", ["op"], registry=REGISTRY
 )
+redis_retries = Counter("penstock_redis_retries", "Redis commands tried again", registry=REGISTRY)
 queue_rebuilds = Counter("penstock_queue_rebuilds", "Feeds rebuilt from the store", registry=REGISTRY)
 build_info = Gauge("penstock_build_info", "Always 1", ["version", "torch"], registry=REGISTRY)

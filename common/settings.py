@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest known one.
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -18,7 +19,9 @@ from penstock.common.errors import ConfigError, nearest
 class Settings(BaseModel):
     """Base of every settings model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -30,6 +33,13 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+_UNPARSABLE = (
+    *(yaml.YAMLError, ValueError, RecursionError),
+    # PyYAML says it so when a value does not fit the tag before it, as in `!!int ''` and `!!bool maybe`
+    *(LookupError, AttributeError, TypeError, OverflowError),
 )
 
 
@@ -47,10 +57,13 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
         data = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _UNPARSABLE as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError(f"{path}: not valid YAML{where}: {_one_line(str(error))}") from error
+        what = (
+            str(error) if isinstance(error, (yaml.YAMLError, ValueError)) else "a value that cannot be read"
+        )
+        raise ConfigError(f"{path}: not valid YAML{where}: {one_line(what)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a mapping of settings, not {type(data).__name__}")
     return data
@@ -76,7 +89,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     # an unknown key explains a missing one more often than the other way round
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
-    location = [str(part) for part in problem["loc"]]
+    location = [one_line(str(part), 60) for part in problem["loc"]]
     field = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
@@ -87,11 +100,25 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     elif problem["type"] == "value_error":
         text = f"{field}: {problem['ctx']['error']}" if field else str(problem["ctx"]["error"])
     else:
-        given = repr(problem.get("input"))
         message = problem["msg"][0].lower() + problem["msg"][1:]
-        text = f"{field}: {message}, not {given if len(given) < 60 else given[:57] + '...'}"
+        text = f"{field}: {one_line(message, 200)}, not {one_line(_brief(problem.get('input')), 60)}"
     more = len(problems) - 1
-    return _one_line(text) + (f" (and {more} more)" if more else "")
+    return one_line(text) + (f" (and {more} more)" if more else "")
+
+
+class _Brief(reprlib.Repr):
+    """`repr` at a bounded cost: aliases make small files stand for values without end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxstring = self.maxother = self.maxlong = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else "a number of hundreds of digits"
+
+
+_brief = _Brief().repr
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
@@ -120,5 +147,7 @@ def _models_in(annotation: Any) -> list[Any]:
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def one_line(text: str, limit: int = 500) -> str:
+    """Text fit for a message of one line: nothing that breaks it, steers a terminal or is endless."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text[: 4 * limit].split()))
+    return line if len(line) <= limit else line[: limit - 3] + "..."

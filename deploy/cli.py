@@ -178,6 +178,15 @@ def cancel(run_url: str) -> None:
 
 
 @cli.command()
+@click.argument("run_url")
+def detach(run_url: str) -> None:
+    """Let a dataset with retention: window delete what a run has not read; the run then fails."""
+    from penstock.deploy.manage import detach as detach_run
+
+    click.echo(detach_run(run_url))
+
+
+@cli.command()
 @click.argument("url")
 @click.option("--yes", is_flag=True, help="Delete; without it only what would be deleted is shown.")
 def rm(url: str, yes: bool) -> None:

@@ -129,8 +129,8 @@ def _describe_dataset(url: str) -> Iterator[str]:
 
 
 def _describe_run(url: str) -> Iterator[str]:
+    from penstock.store.heads import chain, newest_head
     from penstock.trainer.config import load_run_config
-    from penstock.trainer.lineage import chain, newest_head
     from penstock.trainer.load import split_run_url
 
     runs, run_id = split_run_url(url)
@@ -174,8 +174,9 @@ def verify(url: str, on_fault: Callable[[str], None]) -> str:
 
 
 def _verify_run(url: str, on_fault: Callable[[str], None]) -> str:
+    from penstock.store.heads import CHECKPOINTS_KEPT, chain, newest_head
     from penstock.trainer.config import load_run_config
-    from penstock.trainer.lineage import CHECKPOINTS_KEPT, chain, load_checkpoint, newest_head
+    from penstock.trainer.lineage import load_checkpoint
     from penstock.trainer.load import split_run_url
 
     runs, run_id = split_run_url(url)

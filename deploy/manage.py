@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 from penstock.common.errors import Fenced, ObjectMissing, UserError
 from penstock.deploy.look import kind_of
-from penstock.store.layout import reader_key
+from penstock.store.layout import config_key, copy_key, detached_key, reader_key
 from penstock.store.objects import ObjectStore, open_store
+from penstock.store.retention import detach_reader, readers
 
 
 def cancel(run_url: str) -> str:
     """End a run with a terminal head; whoever trains it is fenced off and stops."""
-    from penstock.trainer.lineage import newest_head, take_over
+    from penstock.store.heads import newest_head
+    from penstock.trainer.lineage import take_over
     from penstock.trainer.load import split_run_url
 
     runs, run_id = split_run_url(run_url)
@@ -25,6 +27,18 @@ def cancel(run_url: str) -> str:
         except Fenced:
             continue  # a worker took it over in between
     return f"run {run_id} is cancelled at position {head.position}, step {head.step}"
+
+
+def detach(run_url: str) -> str:
+    """Let a run's dataset delete what the run has not read yet; the run fails when it meets the gap."""
+    from penstock.trainer.config import load_run_config
+    from penstock.trainer.load import split_run_url
+
+    runs, run_id = split_run_url(run_url)
+    dataset_url = load_run_config(runs, run_id).dataset.url
+    if detach_reader(open_store(dataset_url), run_id, "by command"):
+        return f"run {run_id} is detached from {dataset_url}, which no longer keeps chunks for it"
+    return f"run {run_id} was detached from {dataset_url} before"
 
 
 def remove(url: str, really: bool) -> Iterator[str]:
@@ -62,11 +76,14 @@ def _unregister_reader(store: ObjectStore) -> None:
 
     base, _, run_id = store.url.rstrip("/").rpartition("/")
     dataset_url = load_run_config(open_store(base), run_id).dataset.url
-    open_store(dataset_url).delete(reader_key(run_id))
+    dataset = open_store(dataset_url)
+    for key in (reader_key(run_id), detached_key(run_id)):
+        dataset.delete(key)
+        dataset.delete(copy_key(key))
 
 
 def _live_runs(store: ObjectStore, kind: str) -> Iterator[str]:
-    from penstock.trainer.lineage import newest_head
+    from penstock.store.heads import newest_head
 
     if kind == "run":
         base, _, run_id = store.url.rstrip("/").rpartition("/")
@@ -74,13 +91,12 @@ def _live_runs(store: ObjectStore, kind: str) -> Iterator[str]:
         if head is None or not head.terminal:
             yield f"run {run_id}"
     elif kind == "dataset":
-        for key, _ in store.list("readers/"):
-            reader = store.get_record(key)
-            runs = open_store(reader["runs_url"])
+        for reader in readers(store):
+            runs = open_store(reader.runs_url)
             try:
-                runs.get_record(f"{reader['run']}/config.json")
+                runs.get_record(config_key(reader.run))
             except ObjectMissing:
                 continue
-            head = newest_head(runs, reader["run"])
+            head = newest_head(runs, reader.run)
             if head is None or not head.terminal:
-                yield f"run {reader['run']}"
+                yield f"run {reader.run}"

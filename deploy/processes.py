@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.common.errors import ConfigError, ModelError, ObjectMissing, UserError
 from penstock.common.health import Health, HealthServer
@@ -15,6 +15,12 @@ from penstock.common.logs import LOGGER
 from penstock.common.process import stop_on_signals, worker_name
 from penstock.deploy.config import Config
 from penstock.store.objects import open_store
+
+if TYPE_CHECKING:
+    from penstock.producer.source import Source
+    from penstock.store.manifest import Manifest
+
+    MakeSource = Callable[[Manifest, Callable[[], None]], Source]
 
 
 def build_corpus(config: Config, progress: Callable[[int, int | None], None]) -> Any:
@@ -26,44 +32,54 @@ def build_corpus(config: Config, progress: Callable[[int, int | None], None]) ->
     return ensure_corpus(config.corpus, tokenizer, progress)
 
 
+def open_source(config: Config) -> "tuple[Manifest, MakeSource]":
+    """The plan of a config's dataset, and what makes its chunks: here, a language model on a corpus."""
+    from penstock.common.model.files import find_model
+    from penstock.common.model.language_model import LanguageModel
+    from penstock.producer.plan import plan_dataset
+    from penstock.producer.source import LanguageModelSource
+
+    files = find_model(config.model)
+    corpus = build_corpus(config, lambda done, wanted: None)
+    model = LanguageModel(files, config.model)
+    _check_tokenizer(model, corpus)
+    plan = plan_dataset(config.dataset, corpus, model)
+    return plan, lambda manifest, progress: LanguageModelSource(manifest, corpus, model, progress)
+
+
 def produce(config: Config) -> None:
     """One producer: claims chunks of the dataset until it is complete or SIGTERM comes."""
     import redis
 
     from penstock.common.heartbeat import Heartbeat
-    from penstock.common.model.files import find_model
     from penstock.common.redis import connect
     from penstock.producer.loop import produce as run_loop
     from penstock.producer.sink import Sink
     from penstock.producer.work import Work
     from penstock.store.dataset import DatasetWriter
     from penstock.store.queue import ChunkQueue, Presence
+    from penstock.store.retention import Retention, budget_chunks, check_quota
 
     stop = stop_on_signals()
     health, worker = Health(), worker_name("producer")
     server = HealthServer(health, config.metrics.host, config.metrics.port)
-    files = find_model(config.model)
     client = connect(config.redis)
     store = open_store(config.dataset.url)
     store.probe()
-    corpus = build_corpus(config, lambda done, wanted: None)
-
-    from penstock.common.model.language_model import LanguageModel
-    from penstock.producer.plan import plan_dataset
-    from penstock.producer.source import LanguageModelSource
-
-    model = LanguageModel(files, config.model)
-    _check_tokenizer(model, corpus)
-    writer = DatasetWriter(store, plan_dataset(config.dataset, corpus, model))
+    plan, make_source = open_source(config)
+    settings = config.dataset
+    check_quota(plan, settings.quota_bytes, settings.budget_bytes)
+    budget = budget_chunks(plan, settings.budget_bytes)
+    writer = DatasetWriter(store, plan)
     manifest = writer.manifest
     _announce_build()
     LOGGER.info("producing %s", store.url, extra={"worker": worker, "port": server.port})
-    queue = ChunkQueue(
-        *(client, config.redis.prefix, store.url, manifest.digest, worker),
-        config.redis.lease_seconds,
-    )
+    address = (client, config.redis.prefix, store.url, manifest.digest, worker, config.redis.lease_seconds)
+    queue = ChunkQueue(*address)
+    hours = settings.detach_after_hours
+    retention = Retention(store, manifest, budget, None if hours is None else 3600 * hours)
     presence = Presence(client, config.redis.prefix, worker)
-    work = Work(queue, writer, lambda: heartbeat.beat())
+    work = Work(queue, ChunkQueue(*address, repairs=True), writer, retention, lambda: heartbeat.beat())
     made: list[int] = []
 
     def renew() -> None:
@@ -74,7 +90,7 @@ def produce(config: Config) -> None:
                 "port": server.port,
                 "dataset": store.url,
                 "chunks": len(made),
-                "making": sorted(work.held),
+                "making": sorted(task.index for task in work.held),
                 "waiting": work.waiting,
             },
             3 * config.redis.lease_seconds,
@@ -86,7 +102,7 @@ def produce(config: Config) -> None:
         LOGGER.info("chunk %d committed", index, extra={"rows": rows, "worker": worker})
 
     heartbeat = Heartbeat(renew, config.redis.lease_seconds, health)
-    source = LanguageModelSource(manifest, corpus, model, heartbeat.beat)
+    source = make_source(manifest, heartbeat.beat)
     sink = Sink(writer, work, client, queue.feeds_key, worker, committed)
     health.ready = True
     try:
@@ -110,6 +126,7 @@ def submit(config: Config) -> list[tuple[str, bool]]:
         UserError: the dataset does not exist yet.
     """
     from penstock.store.dataset import open_dataset
+    from penstock.store.retention import budget_chunks
     from penstock.trainer.config import submit_run
 
     if not config.runs:
@@ -121,9 +138,10 @@ def submit(config: Config) -> list[tuple[str, bool]]:
             f"dataset.url: no dataset at {config.dataset.url} yet; start a producer first"
         ) from error
     runs = open_store(config.runs_url)
+    budget = budget_chunks(dataset.manifest, config.dataset.budget_bytes)
     submitted = []
     for settings in config.runs:
-        run, new = submit_run(runs, dataset, settings)
+        run, new = submit_run(runs, dataset, settings, budget)
         submitted.append((run.run_id, new))
     return submitted
 

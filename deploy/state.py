@@ -84,8 +84,8 @@ def read_state(config: Config) -> State:
 
 def read_run(runs_url: str, run_id: str) -> RunState:
     """One run; `not submitted` if it is not there."""
+    from penstock.store.heads import newest_head
     from penstock.trainer.config import load_run_config
-    from penstock.trainer.lineage import newest_head
 
     runs = open_store(runs_url)
     try:

@@ -12,11 +12,11 @@ from penstock.producer.work import Work
 
 
 def produce(work: Work, source: Source, sink: Sink, stop: threading.Event) -> None:
-    """Make chunks until the dataset is complete or `stop` is set."""
+    """Make chunks until the dataset is complete and nothing waits for repair, or `stop` is set."""
     while not stop.is_set():
-        index = work.next(stop)
-        if index is None:
+        task = work.next(stop)
+        if task is None:
             break
-        chunk = source.chunk(index)
-        sink.put(index, chunk)
+        chunk = source.chunk(task.index)
+        sink.put(task, chunk)
     sink.finish()

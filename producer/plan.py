@@ -1,11 +1,11 @@
 """From settings, corpus and model to the manifest: every number a dataset depends on."""
 
 from importlib.metadata import version
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from penstock.common.device import device_kind
 from penstock.common.errors import ConfigError
@@ -39,8 +39,26 @@ class DatasetSettings(Settings):
     """Seed of the order of rows inside each chunk."""
     codec: Literal["bytes+crc32c"] = "bytes+crc32c"
     """How chunks are encoded."""
+    retention: Literal["keep", "window"] = "keep"
+    """Whether chunks stay, or are deleted once every submitted run has read them."""
+    budget_bytes: int | None = Field(None, ge=1)
+    """Bytes of chunks that may lie ahead of the slowest run, for retention: window."""
+    quota_bytes: int | None = Field(None, ge=1)
+    """Refuse to begin a dataset that would take more bytes than this."""
+    detach_after_hours: float | None = Field(None, gt=0)
+    """Detach a run that committed no head for this long, for retention: window; null never does."""
     allow_mixed: bool = False
     """Accept producers whose numerics (device, torch, threads) differ; bits may then differ."""
+
+    @model_validator(mode="after")
+    def _has_its_budget(self) -> Self:
+        if self.retention == "window" and self.budget_bytes is None:
+            raise ValueError("budget_bytes must be set when retention is window")
+        if self.retention == "keep" and self.budget_bytes is not None:
+            raise ValueError(
+                "budget_bytes goes with retention: window; quota_bytes limits a kept dataset"
+            )
+        return self
 
 
 def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel) -> Manifest:
@@ -96,6 +114,7 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel
         rows=rows,
         seed=settings.seed,
         codec=settings.codec,
+        retention=settings.retention,
     )
 
 

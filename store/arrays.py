@@ -6,6 +6,7 @@ A chunk's payload is its little-endian bytes followed by their crc32c: what zarr
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import google_crc32c
 import ml_dtypes
@@ -60,11 +61,13 @@ def dataset_arrays(manifest: Manifest) -> list[ArraySpec]:
 
 def create_arrays(store: ObjectStore, group: str, specs: list[ArraySpec]) -> None:
     """Store the Zarr metadata of a group of arrays, unless it is there."""
-    for key, data in _zarr_metadata(specs).items():
+    for key, data in zarr_metadata(tuple(specs)).items():
         store.create(f"{group}/{key}", data)
 
 
-def _zarr_metadata(specs: list[ArraySpec]) -> dict[str, bytes]:
+@lru_cache(maxsize=8)
+def zarr_metadata(specs: tuple[ArraySpec, ...]) -> dict[str, bytes]:
+    """Key below the group -> bytes of every `zarr.json` of a group of arrays."""
     import zarr
     import zarr.codecs
     import zarr.storage
@@ -88,13 +91,17 @@ def _zarr_metadata(specs: list[ArraySpec]) -> dict[str, bytes]:
 
 def encode_payload(array: npt.NDArray[np.generic]) -> bytes:
     """Stored bytes of one chunk: little-endian values, then their crc32c."""
-    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    raw = little.view(np.uint8).reshape(-1)
+    raw = _little_endian(array)
     checksum = int(google_crc32c.value(raw))
     out = bytearray(raw.nbytes + CRC_BYTES)
     np.frombuffer(out, dtype=np.uint8)[: raw.nbytes] = raw
     out[raw.nbytes :] = checksum.to_bytes(CRC_BYTES, "little")
     return bytes(out)
+
+
+def _little_endian(array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return little.view(np.uint8).reshape(-1)
 
 
 def payload_checksum(data: bytes) -> int:
@@ -104,6 +111,12 @@ def payload_checksum(data: bytes) -> int:
     one, because a CRC over data followed by its own CRC is a constant.
     """
     return int.from_bytes(data[-CRC_BYTES:], "little")
+
+
+def payload_description(array: npt.NDArray[np.generic]) -> tuple[int, int]:
+    """Size and checksum of the payload that an array is stored as."""
+    raw = _little_endian(array)
+    return raw.nbytes + CRC_BYTES, int(google_crc32c.value(raw))
 
 
 def decode_payload(

@@ -6,37 +6,48 @@ of the stored bytes alone: who made it and when is provenance.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from penstock.common.errors import DamagedObject, ObjectMissing
 from penstock.store.layout import FORMAT_VERSION, commit_key
 from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Measure = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
+class _Stored:
+    """A dataclass that pydantic makes from a record's fields, all of them and no others."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
 
 @dataclass(frozen=True)
-class StoredObject:
+class StoredObject(_Stored):
     """Size of an object in bytes, and the crc32c of its values (the checksum at its end)."""
 
-    size: int
-    crc32c: int
+    size: _Count
+    crc32c: _Count
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(_Stored):
     """Over a chunk's rows x of one hook: mean ‖x‖, mean ‖x‖², largest |x_d|."""
 
-    mean_norm: float
-    mean_squared_norm: float
-    max_abs: float
+    mean_norm: _Measure
+    mean_squared_norm: _Measure
+    max_abs: _Measure
 
 
 @dataclass(frozen=True)
-class Commit:
+class Commit(_Stored):
     """What chunk `index` consists of. `objects` maps array path to its stored object."""
 
-    index: int
-    rows: int
+    index: _Count
+    rows: _Count
     objects: dict[str, StoredObject]
     moments: dict[str, Moments]
 
@@ -57,6 +68,9 @@ class Commit:
         }
 
 
+_COMMIT = TypeAdapter(Commit)
+
+
 def create_commit(store: ObjectStore, commit: Commit) -> bool:
     """Make a chunk visible; False if it already was."""
     return store.create_record(commit_key(commit.index), commit.record())
@@ -72,14 +86,10 @@ def read_commit(store: ObjectStore, index: int) -> Commit:
     key = commit_key(index)
     record = store.get_record(key)
     check_format(record, f"{store.url}/{key}")
+    del record["format_version"]
     try:
-        commit = Commit(
-            index=record["index"],
-            rows=record["rows"],
-            objects={k: StoredObject(**o) for k, o in record["objects"].items()},
-            moments={k: Moments(**m) for k, m in record["moments"].items()},
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        commit = _COMMIT.validate_python(record)
+    except ValidationError as error:
         raise DamagedObject(f"{store.url}/{key} is not a commit") from error
     if commit.index != index:
         raise DamagedObject(f"{store.url}/{key} is the commit of chunk {commit.index}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from penstock.common.errors import DamagedObject, DataError, PlanMismatch
 from penstock.store.arrays import (
@@ -49,15 +49,15 @@ class CorpusManifest(BaseModel):
     tokenizer_sha256: str
     special_ids: list[int]
     bos: str
-    context: int
+    context: PositiveInt
     seed: int
     held_out_rule: str
     max_tokens: int | None
     max_held_out_tokens: int | None
-    n_sequences: int
-    n_held_out: int
-    n_documents: int
-    block_sequences: int
+    n_sequences: NonNegativeInt
+    n_held_out: NonNegativeInt
+    n_documents: NonNegativeInt
+    block_sequences: PositiveInt
     blocks: dict[str, list[int]]
     content_sha256: str
     documents_crc32c: int
@@ -153,9 +153,16 @@ def open_corpus(url: str) -> Corpus:
     record = store.get_record(MANIFEST)
     check_format(record, f"{store.url}/{MANIFEST}")
     try:
-        return Corpus(store, CorpusManifest.model_validate(record))
+        manifest = CorpusManifest.model_validate(record)
     except ValidationError as error:
         raise DamagedObject(f"{store.url}/{MANIFEST} is not a corpus manifest") from error
+    size = manifest.block_sequences
+    planned = {spec.path: -(-spec.shape[0] // size) for spec in _arrays(manifest)}
+    if {path: len(checksums) for path, checksums in manifest.blocks.items()} != planned:
+        raise DamagedObject(
+            f"{store.url}/{MANIFEST} is not a corpus manifest: its blocks are not its arrays'"
+        )
+    return Corpus(store, manifest)
 
 
 def write_corpus(
@@ -212,7 +219,7 @@ def write_corpus(
             raise PlanMismatch(
                 f"{store.url} holds parts of another corpus ({key}); remove it or choose another url"
             )
-    if not store.create(MANIFEST, manifest.encode()):
+    if not store.create_guarded(MANIFEST, manifest.model_dump(mode="json")):
         there = open_corpus(store.url).manifest
         if there != manifest:
             raise PlanMismatch(

@@ -5,15 +5,17 @@ here chunk objects are fetched by key, absence is an error, and every object's s
 compared with the commit before a row is used.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock.common.errors import DamagedObject, DataError, ModelError
+from penstock.common.errors import DamagedObject, DataError, ModelError, ObjectMissing
 from penstock.common.permutation import permutation
 from penstock.store.arrays import (
     ArraySpec,
@@ -22,6 +24,7 @@ from penstock.store.arrays import (
     decode_payload,
     encode_payload,
     payload_checksum,
+    payload_description,
 )
 from penstock.store.commits import (
     Commit,
@@ -31,9 +34,18 @@ from penstock.store.commits import (
     create_commit,
     read_commit,
 )
-from penstock.store.layout import ARRAYS, POSITION, SEQUENCE, TOKENS, acts_array
+from penstock.store.layout import (
+    ARRAYS,
+    POSITION,
+    SEQUENCE,
+    TOKENS,
+    acts_array,
+    commit_key,
+    provenance_key,
+)
 from penstock.store.manifest import Manifest, load_manifest, publish_manifest
 from penstock.store.objects import ObjectStore, open_store
+from penstock.store.records import encode_record
 
 if TYPE_CHECKING:
     from penstock.store.loader import Batches
@@ -134,21 +146,11 @@ class Dataset:
 
         return dataset_batches(self, hooks, batch_rows, window_chunks, epochs, seed)
 
-    def verify(self, on_fault: Callable[[str], None]) -> Iterator[int]:
-        """Check every committed chunk's objects; yields each index when done."""
-        for index in sorted(self.committed()):
-            try:
-                commit = self.commit(index)
-            except DataError as error:
-                on_fault(str(error))
-                yield index
-                continue
-            for path in self._specs:
-                try:
-                    self._read(path, commit)
-                except DataError as error:
-                    on_fault(str(error))
-            yield index
+    def quarantined(self) -> set[int]:
+        """Indices of the chunks that no producer could make again as committed: readers skip them."""
+        stems = (key.rsplit("/", 1)[-1] for key, _ in self.store.list("quarantine/"))
+        names = (stem.removesuffix(".json") for stem in stems if stem.endswith(".json"))
+        return {int(name) for name in names if name.isdecimal()}
 
     def _read(self, path: str, commit: Commit) -> Array:
         spec = self._specs[path]
@@ -174,44 +176,38 @@ def open_dataset(url: str) -> Dataset:
 
 
 class DatasetWriter:
-    """Writes chunks of a dataset: objects first, first writer wins, then the commit."""
+    """Writes chunks of a dataset: objects first, first writer wins, then the commit.
 
-    def __init__(self, store: ObjectStore, manifest: Manifest) -> None:
+    Args:
+        pool: stores a chunk's objects side by side; one of its own by default.
+    """
+
+    def __init__(self, store: ObjectStore, manifest: Manifest, pool: Executor | None = None) -> None:
         self.store = store
         self.manifest = publish_manifest(store, manifest)
         self.specs = dataset_arrays(self.manifest)
         create_arrays(store, ARRAYS, self.specs)
-        self._pool = ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
+        self._pool = pool or ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
 
     def arrange(self, index: int, chunk: Chunk) -> dict[str, Array]:
         """A chunk's rows, permuted by the dataset's seed and padded to R, by array path.
 
         Raises:
             ValueError: the rows are not what the manifest plans.
+            ModelError: they are not finite.
         """
         if chunk.rows != self.manifest.rows[index]:
             raise ValueError(f"chunk {index} has {chunk.rows} rows, not {self.manifest.rows[index]}")
         order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
         rows: dict[str, Array] = {acts_array(name): acts for name, acts in chunk.acts.items()}
         rows |= {TOKENS: chunk.tokens, SEQUENCE: chunk.sequence, POSITION: chunk.position}
-        arranged = {}
-        for spec in self.specs:
-            fill = UNUSED if spec.path == SEQUENCE else 0
-            full = np.full(spec.chunk_shape, fill, spec.dtype)
-            # 16-bit integers gather faster than bfloat16, and the bits are the same
-            plain = np.uint16 if spec.dtype.itemsize == 2 else spec.dtype
-            given = rows[spec.path]
-            if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
-                raise ValueError(
-                    f"chunk {index}: {spec.path} is {given.dtype} {list(given.shape)}, not "
-                    f"{spec.dtype} [rows{''.join(f', {n}' for n in spec.shape[1:])}]"
-                )
-            np.take(given.view(plain), order, axis=0, out=full.view(plain)[: chunk.rows])
-            arranged[spec.path] = full
-        return arranged
+        return {spec.path: _permuted(index, spec, rows[spec.path], order) for spec in self.specs}
 
-    def write(self, index: int, chunk: Chunk) -> tuple[Commit, bool]:
+    def write(self, index: int, chunk: Chunk, worker: str | None = None) -> tuple[Commit, bool]:
         """Store and commit a chunk.
+
+        Args:
+            worker: who makes it, for provenance.
 
         Returns:
             The commit as stored, and whether this call made it.
@@ -221,34 +217,122 @@ class DatasetWriter:
         """
         arranged = self.arrange(index, chunk)
         # before anything is stored: they also tell whether the rows are finite
-        paths = {hook.name: acts_array(hook.name) for hook in self.manifest.hooks}
-        measured = {name: moments(arranged[path][: chunk.rows]) for name, path in paths.items()}
+        measured: dict[str, Moments] | None = self._moments(arranged, chunk.rows)
         stored = dict(self._pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs))
-        rows = int(np.count_nonzero(stored[SEQUENCE][1] != UNUSED))
-        for name, path in paths.items():
-            if stored[path][1] is not arranged[path]:  # another writer's bytes count
-                measured[name] = moments(stored[path][1][:rows])
-        commit = Commit(
-            index=index,
-            rows=rows,
-            objects={path: described for path, (described, _) in stored.items()},
-            moments=measured,
-        )
+        for path, array in stored.items():
+            if path.startswith("acts/") and array is not arranged[path]:
+                measured = None  # another writer's bytes count
+        commit = describe_chunk(self.manifest, index, stored, measured)
+        if worker is not None:
+            told = {"index": index, "worker": worker, "time": time.time()}
+            self.store.put_guarded(provenance_key(index, worker), told)
         if create_commit(self.store, commit):
             return commit, True
         return read_commit(self.store, index), False
 
+    def mend(self, index: int, chunk: Chunk) -> bool:
+        """Make a committed chunk whole again from a recomputation.
+
+        Nothing is deleted first: only one content is valid, and objects that have it stay untouched.
+
+        Returns:
+            False if the recomputation is not what was committed; nothing was changed.
+        """
+        arranged = self.arrange(index, chunk)
+        try:
+            commit = read_commit(self.store, index)
+        except ObjectMissing:
+            self.write(index, chunk)
+            return True
+        except DamagedObject:
+            commit = self._remember(index, arranged)
+        broken: dict[str, bytes] = {}
+        for spec in self.specs:
+            if not is_as_committed(self.store, spec, commit):
+                data = encode_payload(arranged[spec.path])
+                if commit.objects.get(spec.path) != StoredObject(len(data), payload_checksum(data)):
+                    return False
+                broken[spec.key(ARRAYS, index)] = data
+        for key, data in broken.items():
+            self.store.put(key, data)
+        restore_commit(self.store, commit)
+        return True
+
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _store(self, spec: ArraySpec, index: int, array: Array) -> tuple[str, tuple[StoredObject, Array]]:
-        key = spec.key(ARRAYS, index)
-        data = encode_payload(array)
-        if not self.store.create(key, data):
+    def _remember(self, index: int, arranged: dict[str, Array]) -> Commit:
+        """The commit of a chunk whose commit is damaged: whole objects count, the rest is recomputed."""
+        stored = dict(arranged)
+        for spec in self.specs:
+            with contextlib.suppress(DataError):
+                stored[spec.path] = load_payload(self.store, spec, index)
+        return describe_chunk(self.manifest, index, stored)
+
+    def _moments(self, arranged: dict[str, Array], rows: int) -> dict[str, Moments]:
+        hooks = {hook.name: arranged[acts_array(hook.name)][:rows] for hook in self.manifest.hooks}
+        return {name: moments(acts) for name, acts in hooks.items()}
+
+    def _store(self, spec: ArraySpec, index: int, array: Array) -> tuple[str, Array]:
+        if not self.store.create(spec.key(ARRAYS, index), encode_payload(array)):
             # Someone was here before: what is stored counts, if it is whole.
-            data = self.store.get(key)
-            array = decode_payload(data, spec.dtype, spec.chunk_shape, f"{self.store.url}/{key}")
-        return spec.path, (StoredObject(len(data), payload_checksum(data)), array)
+            return spec.path, load_payload(self.store, spec, index)
+        return spec.path, array
+
+
+def load_payload(store: ObjectStore, spec: ArraySpec, index: int) -> Array:
+    """A stored object by itself, checked against its own checksum only.
+
+    Raises:
+        ObjectMissing, DamagedObject
+    """
+    key = spec.key(ARRAYS, index)
+    return decode_payload(store.get(key), spec.dtype, spec.chunk_shape, f"{store.url}/{key}")
+
+
+def is_as_committed(store: ObjectStore, spec: ArraySpec, commit: Commit) -> bool:
+    """Whether an object of a chunk is there with the bytes that its commit describes."""
+    try:
+        array = load_payload(store, spec, commit.index)
+    except DataError:
+        return False
+    return commit.objects.get(spec.path) == StoredObject(*payload_description(array))
+
+
+def describe_chunk(
+    manifest: Manifest, index: int, stored: dict[str, Array], measured: dict[str, Moments] | None = None
+) -> Commit:
+    """The commit of a chunk's stored arrays: a function of their bytes alone.
+
+    Args:
+        measured: the moments, where they are known already.
+    """
+    rows = int(np.count_nonzero(stored[SEQUENCE] != UNUSED))
+    if measured is None:
+        hooks = [hook.name for hook in manifest.hooks]
+        measured = {name: moments(stored[acts_array(name)][:rows]) for name in hooks}
+    objects = {path: StoredObject(*payload_description(array)) for path, array in stored.items()}
+    return Commit(index=index, rows=rows, objects=objects, moments=measured)
+
+
+def restore_commit(store: ObjectStore, commit: Commit) -> None:
+    """Write a commit's bytes, the only ones it can have, where they are not."""
+    key, data = commit_key(commit.index), encode_record(commit.record())
+    if not store.create(key, data) and store.get(key) != data:
+        store.put(key, data)
+
+
+def _permuted(index: int, spec: ArraySpec, given: Array, order: npt.NDArray[np.int64]) -> Array:
+    full = np.full(spec.chunk_shape, UNUSED if spec.path == SEQUENCE else 0, spec.dtype)
+    # 16-bit integers gather faster than bfloat16, and the bits are the same
+    plain = np.uint16 if spec.dtype.itemsize == 2 else spec.dtype
+    if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
+        raise ValueError(
+            f"chunk {index}: {spec.path} is {given.dtype} {list(given.shape)}, not "
+            f"{spec.dtype} [rows{''.join(f', {n}' for n in spec.shape[1:])}]"
+        )
+    np.take(given.view(plain), order, axis=0, out=full.view(plain)[: len(order)])
+    return full
 
 
 def moments(acts: Array) -> Moments:

@@ -32,6 +32,23 @@ def reader_key(run_id: str) -> str:
     return f"readers/{run_id}.json"
 
 
+def detached_key(run_id: str) -> str:
+    return f"detached/{run_id}.json"
+
+
+def floor_key(n: int) -> str:
+    return f"floor/{n}.json"
+
+
+def quarantine_key(index: int) -> str:
+    return f"quarantine/{index}.json"
+
+
+def copy_key(key: str) -> str:
+    """Where the copy of a record lies that nothing else could tell again."""
+    return key.removesuffix(".json") + ".copy"
+
+
 def config_key(run_id: str) -> str:
     return f"{run_id}/config.json"
 

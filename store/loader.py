@@ -7,16 +7,17 @@ while another is used and a third is read.
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.common import metrics
-from penstock.common.errors import DamagedObject, ObjectMissing
+from penstock.common.errors import DamagedObject, DataError, ObjectMissing, UserError
 from penstock.store.dataset import Chunk, Dataset
 from penstock.store.order import ReadingOrder, Window, batch_bounds
 
@@ -26,9 +27,13 @@ READ_THREADS = 4
 
 @dataclass(frozen=True)
 class LoadedWindow:
-    """A window's rows in position order: per hook [n_rows, d_in] bfloat16, on the CPU."""
+    """A window's rows in position order: per hook [n_rows, d_in] bfloat16, on the CPU.
+
+    `chunks` are the indices of the chunks that they come from.
+    """
 
     window: Window
+    chunks: tuple[int, ...]
     acts: dict[str, Tensor]
     n_rows: int
     row_order: Tensor
@@ -56,26 +61,97 @@ class LoadedWindow:
             yield ahead
 
 
-class WindowLoader:
-    """Reads windows of a dataset in a run's order, in the background.
+class ChunkSupply(Protocol):
+    """What a reader asks for chunks that are not there, or not whole. Both may block.
 
-    Args:
-        await_chunk: called with (position, chunk index) before each read; blocks until the chunk is
-            committed. It must return or raise soon after `close` sets `stop`.
+    They must return or raise soon after the reader is told to stop.
     """
 
+    def await_chunk(self, position: int, chunk: int) -> None:
+        """Return once the chunk that stands at a position is committed."""
+        ...
+
+    def mend(self, chunk: int, error: DataError) -> None:
+        """Return when a chunk that could not be read is worth another try, or is quarantined.
+
+        Raises:
+            DataError: nobody can make it again.
+        """
+        ...
+
+
+class AsStored:
+    """A supply for datasets that nobody writes or mends: what cannot be read is an error."""
+
+    def await_chunk(self, position: int, chunk: int) -> None:
+        pass
+
+    def mend(self, chunk: int, error: DataError) -> None:
+        raise error
+
+
+class WindowReader:
+    """Reads the chunks of windows, checked, and lays their rows out."""
+
     def __init__(
-        self,
-        dataset: Dataset,
-        hooks: Sequence[str],
-        order: ReadingOrder,
-        first_window: int,
-        await_chunk: Callable[[int, int], None],
+        self, dataset: Dataset, hooks: Sequence[str], order: ReadingOrder, supply: ChunkSupply
     ) -> None:
+        self.order = order
+        self.supply = supply
         self._dataset = dataset
         self._hooks = list(dict.fromkeys(hooks))
-        self._order = order
-        self._await_chunk = await_chunk
+
+    def quarantined(self) -> set[int]:
+        """Chunks to be left out, asked once per window."""
+        return self._dataset.quarantined()
+
+    def read(self, index: int) -> Chunk | None:
+        """A chunk, mended if need be; None if it is quarantined.
+
+        Raises:
+            DataError: it cannot be read, and nobody can make it again.
+        """
+        while True:
+            try:
+                return self._try(index)
+            except DataError as error:
+                if index in self._dataset.quarantined():
+                    return None
+                self.supply.mend(index, error)
+
+    def lay_out(self, window: Window, chunks: Iterable[Chunk | None]) -> LoadedWindow:
+        """The window's rows in position order."""
+        there = [chunk for chunk in chunks if chunk is not None]
+        n_rows = sum(chunk.rows for chunk in there)
+        acts = {hook: self._concatenate(hook, there) for hook in self._hooks}
+        order = torch.from_numpy(self.order.row_order(window, n_rows))
+        return LoadedWindow(window, tuple(chunk.index for chunk in there), acts, n_rows, order)
+
+    def _try(self, index: int) -> Chunk:
+        with metrics.chunk_read_seconds.time():
+            try:
+                return self._dataset.read_chunk(index, self._hooks)
+            except (DamagedObject, ObjectMissing):
+                metrics.chunk_corrupt.inc()
+                # once more: the fault may lie in the transfer and not in what is stored
+                return self._dataset.read_chunk(index, self._hooks)
+
+    def _concatenate(self, hook: str, chunks: Sequence[Chunk]) -> Tensor:
+        rows = sum(chunk.rows for chunk in chunks)
+        out = torch.empty((rows, self._dataset.manifest.d_in(hook)), dtype=torch.bfloat16)
+        plain = out.view(torch.int16).numpy()
+        at = 0
+        for chunk in chunks:
+            plain[at : at + chunk.rows] = chunk.acts[hook].view(np.int16)
+            at += chunk.rows
+        return out
+
+
+class WindowLoader:
+    """Reads windows in the order of a run, in the background."""
+
+    def __init__(self, reader: WindowReader, first_window: int) -> None:
+        self._reader = reader
         self.stop = threading.Event()
         self._ready: queue.Queue[LoadedWindow | BaseException] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._run, args=(first_window,), name="loader", daemon=True)
@@ -101,10 +177,11 @@ class WindowLoader:
     def _run(self, first_window: int) -> None:
         try:
             with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read") as pool:
-                for number in range(first_window, self._order.n_windows):
+                order = self._reader.order
+                for number in range(first_window, order.n_windows):
                     if self.stop.is_set():
                         return
-                    self._offer(self._load(pool, self._order.window(number)))
+                    self._offer(self._load(pool, order.window(number)))
         except BaseException as error:  # handed to the consumer, who raises it
             self._offer(error)
 
@@ -117,24 +194,15 @@ class WindowLoader:
                 continue
 
     def _load(self, pool: ThreadPoolExecutor, window: Window) -> LoadedWindow:
+        reader = self._reader
         pending = []
+        skipped = reader.quarantined()
         for position in range(window.start, window.stop):
-            chunk = self._order.chunk_at(position)
-            self._await_chunk(position, chunk)
-            pending.append(pool.submit(self._read, chunk))
-        chunks = [future.result() for future in pending]
-        n_rows = sum(chunk.rows for chunk in chunks)
-        acts = {hook: _concatenate([chunk.acts[hook] for chunk in chunks]) for hook in self._hooks}
-        return LoadedWindow(window, acts, n_rows, torch.from_numpy(self._order.row_order(window, n_rows)))
-
-    def _read(self, index: int) -> Chunk:
-        with metrics.chunk_read_seconds.time():
-            try:
-                return self._dataset.read_chunk(index, self._hooks)
-            except (DamagedObject, ObjectMissing):
-                metrics.chunk_corrupt.inc()
-                # once more: the fault may lie in the transfer and not in what is stored
-                return self._dataset.read_chunk(index, self._hooks)
+            chunk = reader.order.chunk_at(position)
+            if chunk not in skipped:
+                reader.supply.await_chunk(position, chunk)
+                pending.append(pool.submit(reader.read, chunk))
+        return reader.lay_out(window, [future.result() for future in pending])
 
 
 class Batches:
@@ -177,19 +245,11 @@ def dataset_batches(
     """See `Dataset.batches`."""
     for hook in hooks:
         dataset.manifest.d_in(hook)
+    if dataset.manifest.retention == "window":
+        raise UserError(f"{dataset.url} keeps only a window of its chunks: read it with a run")
     order = ReadingOrder(dataset.n_chunks, epochs, window_chunks, seed)
 
     def start() -> WindowLoader:
-        return WindowLoader(dataset, hooks, order, 0, await_chunk=lambda position, chunk: None)
+        return WindowLoader(WindowReader(dataset, hooks, order, AsStored()), 0)
 
     return Batches(start, order.n_windows, batch_rows)
-
-
-def _concatenate(parts: Sequence[np.ndarray]) -> Tensor:
-    out = torch.empty((sum(map(len, parts)), parts[0].shape[1]), dtype=torch.bfloat16)
-    plain = out.view(torch.int16).numpy()
-    at = 0
-    for part in parts:
-        plain[at : at + len(part)] = part.view(np.int16)
-        at += len(part)
-    return out

@@ -5,11 +5,12 @@ same plan gives the same bytes anywhere.
 """
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from penstock.common.errors import DamagedObject, PlanMismatch, UserError
+from penstock.common.settings import one_line
 from penstock.store.layout import FORMAT_VERSION, MANIFEST
 from penstock.store.objects import ObjectStore
 from penstock.store.records import encode_record
@@ -24,9 +25,9 @@ class CorpusPin(_Part):
 
     digest: str
     description: str
-    n_sequences: int
+    n_sequences: NonNegativeInt
     """Sequences used, from the start of the permuted corpus."""
-    context: int
+    context: PositiveInt
     tokenizer_sha256: str
     special_ids: list[int]
     bos: str
@@ -49,12 +50,12 @@ class Numerics(_Part):
 
     device: str
     torch: str
-    threads: int
+    threads: NonNegativeInt
     compute_dtype: str
     attention: str
     libraries: str
     """Versions of what runs the model's code."""
-    sequences_per_forward: int
+    sequences_per_forward: PositiveInt
     allow_mixed: bool
 
 
@@ -62,7 +63,7 @@ class HookSpec(_Part):
     """One captured hook point."""
 
     name: str
-    d_in: int
+    d_in: PositiveInt
 
 
 class Manifest(_Part):
@@ -73,11 +74,13 @@ class Manifest(_Part):
     source: SourcePin
     numerics: Numerics
     hooks: list[HookSpec]
-    sequences_per_chunk: int
-    rows_per_chunk: int
-    rows: list[int]
+    sequences_per_chunk: PositiveInt
+    rows_per_chunk: PositiveInt
+    rows: list[NonNegativeInt]
     seed: int
     codec: str
+    retention: Literal["keep", "window"]
+    """Whether chunks stay, or are deleted once every registered run has read them."""
 
     @property
     def n_chunks(self) -> int:
@@ -130,18 +133,18 @@ def load_manifest(store: ObjectStore) -> Manifest:
     try:
         return Manifest.model_validate(record)
     except ValidationError as error:
-        fields = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
-        raise DamagedObject(f"{store.url}/{MANIFEST} is not a manifest: {fields}") from error
+        fields = ", ".join(".".join(map(str, e["loc"])) for e in error.errors()[:3])
+        raise DamagedObject(f"{store.url}/{MANIFEST} is not a manifest: {one_line(fields)}") from error
 
 
 def check_format(record: dict[str, Any], name: str) -> None:
     """Refuse a record of another format version, naming both."""
     version = record.get("format_version")
-    if not isinstance(version, int):
+    if type(version) is not int:  # true is an int, too
         raise DamagedObject(f"{name} is damaged: it carries no format version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{name} has format version {version}; this version of penstock reads "
+            f"{name} has format version {one_line(str(version), 60)}; this version of penstock reads "
             f"{FORMAT_VERSION}: upgrade penstock"
         )
 
@@ -155,7 +158,7 @@ def publish_manifest(store: ObjectStore, manifest: Manifest) -> Manifest:
     Raises:
         PlanMismatch: the URL holds another plan; the message names what differs.
     """
-    if store.create(MANIFEST, manifest.encode()):
+    if store.create_guarded(MANIFEST, manifest.model_dump(mode="json")):
         return manifest
     there = load_manifest(store)
     if there.numerics.allow_mixed and manifest.numerics.allow_mixed:
@@ -189,5 +192,4 @@ def _differences(path: str, a: Any, b: Any) -> list[tuple[str, str, str]]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return one_line(str(value), 60)

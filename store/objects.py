@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from penstock.common.errors import DamagedObject, StoreError
+from penstock.store.layout import copy_key
 from penstock.store.records import Record, decode_record, encode_record
 
 MAX_CREATE_BYTES = 64 * 1024 * 1024
@@ -83,6 +84,38 @@ class ObjectStore(ABC):
             ObjectMissing, DamagedObject
         """
         return decode_record(self.get(key), f"{self.url}/{key}")
+
+    def create_guarded(self, key: str, record: Record) -> bool:
+        """`create` for a JSON record that nothing else could tell again: a copy lies beside it.
+
+        The copy comes first and decides between writers, so that no record is ever without one. Whoever
+        finds a copy whose record is missing completes it: its writer died in between, or it was lost.
+        """
+        data = encode_record(record)
+        if self.exists(key):
+            return self.get(key) == data
+        if not self.create(copy_key(key), data):
+            first = self.get(copy_key(key))
+            decode_record(first, f"{self.url}/{copy_key(key)}")
+            self._complete(key, first)
+            return first == data
+        return self._complete(key, data)
+
+    def put_guarded(self, key: str, record: Record) -> None:
+        """`put` for a JSON record, and its copy."""
+        data = encode_record(record)
+        self.put(copy_key(key), data)
+        self.put(key, data)
+
+    def _complete(self, key: str, data: bytes) -> bool:
+        if self.create(key, data):
+            return True
+        there = self.get(key)
+        if there != data:
+            # the copy had been lost; the record is what counts
+            decode_record(there, f"{self.url}/{key}")
+            self.put(copy_key(key), there)
+        return there == data
 
     def create_same(self, key: str, data: bytes) -> None:
         """Make an object that can only have one content.

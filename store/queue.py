@@ -5,6 +5,7 @@ All keys, below one prefix; <scope> is a hash of a URL and, for datasets, the ma
     <prefix>:dataset:<scope>:todo       sorted set  chunk indices to make, scored by themselves
     <prefix>:dataset:<scope>:claimed    sorted set  chunk index, scored by when its lease ends (ms)
     <prefix>:dataset:<scope>:owners     hash        chunk index -> worker
+    <prefix>:dataset:<scope>:repair:…   the same three, for committed chunks that are to be made again
     <prefix>:dataset:<scope>:feeds      hash        run id -> JSON of its current feed
     <prefix>:runs:<scope>:pending       sorted set  run id, scored by position
     <prefix>:runs:<scope>:lease:<run>   string      worker that holds the run; expires
@@ -42,7 +43,11 @@ def _script(client: Client, name: str) -> Script:
 
 
 class ChunkQueue:
-    """Which chunks of a dataset are to be made, and who makes them."""
+    """Which chunks of a dataset are to be made, and who makes them.
+
+    Args:
+        repairs: hand out committed chunks whose objects are damaged, in place of missing ones.
+    """
 
     def __init__(
         self,
@@ -52,26 +57,33 @@ class ChunkQueue:
         manifest_digest: str,
         worker: str,
         lease_seconds: float,
+        repairs: bool = False,
     ) -> None:
-        base = f"{prefix}:dataset:{_scope(url, manifest_digest)}"
+        base = _dataset_keys(prefix, url, manifest_digest)
         self._redis = client
-        self._todo, self._claimed, self._owners = (f"{base}:{name}" for name in ("todo", "claimed", "owners"))
         self.feeds_key = f"{base}:feeds"
+        base += ":repair" if repairs else ""
+        self._todo, self._claimed, self._owners = (f"{base}:{name}" for name in ("todo", "claimed", "owners"))
         self._worker = worker
         self._lease_ms = int(lease_seconds * 1000)
         self._claim = _script(client, "claim")
         self._renew = _script(client, "renew")
         self._release = _script(client, "release")
+        self._reconcile = _script(client, "reconcile")
 
     def reconcile(self, planned: int, committed: set[int]) -> None:
         """Make the queue say what the store says: planned chunks that are not committed."""
-        claimed = {int(index) for index in self._redis.zrange(self._claimed, 0, -1)}
-        missing = set(range(planned)) - committed - claimed
-        with self._redis.pipeline(transaction=False) as pipe:
-            for index in sorted(missing):
-                pipe.zadd(self._todo, {str(index): index}, nx=True)
-            self._forget(pipe, committed)
-            pipe.execute()
+        keys = [self._todo, self._claimed, self._owners]
+        self._reconcile(keys=keys, args=[index for index in range(planned) if index not in committed])
+
+    def ask(self, index: int) -> None:
+        """Ask for one chunk, unless it is asked for or being made."""
+        if self._redis.zscore(self._claimed, index) is None:
+            self._redis.zadd(self._todo, {str(index): index}, nx=True)
+
+    def is_open(self, index: int) -> bool:
+        """Whether a chunk is still to be made or being made."""
+        return any(self._redis.zscore(key, index) is not None for key in (self._todo, self._claimed))
 
     def claim(self, limit: int) -> int | None:
         """Lease the lowest chunk index below `limit`, or None if there is none."""
@@ -92,19 +104,24 @@ class ChunkQueue:
     def done(self, index: int) -> None:
         """A chunk is committed: nobody needs to make it."""
         with self._redis.pipeline(transaction=False) as pipe:
-            self._forget(pipe, [index])
+            pipe.zrem(self._todo, index)
+            pipe.zrem(self._claimed, index)
+            pipe.hdel(self._owners, index)
             pipe.execute()
 
     def claims(self) -> dict[int, str]:
         """Chunk index -> worker, for status."""
         return {int(index): owner for index, owner in self._redis.hgetall(self._owners).items()}
 
-    def _forget(self, pipe: Any, indices: Iterable[int]) -> None:
-        names = [str(index) for index in indices]
-        if names:
-            pipe.zrem(self._todo, *names)
-            pipe.zrem(self._claimed, *names)
-            pipe.hdel(self._owners, *names)
+
+def _dataset_keys(prefix: str, url: str, manifest_digest: str) -> str:
+    return f"{prefix}:dataset:{_scope(url, manifest_digest)}"
+
+
+def repairs_wanted(client: Client, prefix: str, url: str, manifest_digest: str) -> bool:
+    """Whether somebody waits for a damaged chunk of a dataset to be made again."""
+    base = _dataset_keys(prefix, url, manifest_digest)
+    return bool(client.exists(f"{base}:repair:todo", f"{base}:repair:claimed"))
 
 
 @dataclass(frozen=True)
@@ -137,10 +154,10 @@ class Feed:
         """Make the stream if it is not there."""
         self._open(keys=[self.spec.key], args=[self.spec.start])
 
-    def rebuild(self) -> None:
-        """Throw the stream away and start it again at its first position."""
+    def rebuild(self, position: int) -> None:
+        """Throw the stream away and start it again at a position."""
         self._redis.delete(self.spec.key)
-        self.open()
+        self._open(keys=[self.spec.key], args=[position])
 
     def add(self, position: int, chunk: int) -> bool:
         """Add a position if its predecessor is the last one; False if it was not added."""
@@ -219,9 +236,9 @@ class RunQueue:
         found = self._redis.zrange(self._pending, 0, -1, withscores=True)
         return {run_id: int(score) for run_id, score in found}
 
-    def lease(self) -> str | None:
-        """Lease the pending run that is least far on and unheld, or None."""
-        args: list[str | int] = [self._worker, self._lease_ms, f"{self._base}:lease:"]
+    def lease(self, leave_out: Iterable[str] = ()) -> str | None:
+        """Lease the pending run that is least far on, unheld and not left out, or None."""
+        args: list[str | int] = [self._worker, self._lease_ms, f"{self._base}:lease:", *leave_out]
         found = self._lease(keys=[self._pending], args=args)
         return None if found is None else str(found)
 

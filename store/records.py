@@ -39,12 +39,12 @@ def decode_record(data: bytes, name: str) -> Record:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamagedObject(f"{name} is damaged: it is not JSON") from error
-    if not isinstance(record, dict) or not isinstance(record.get("crc32c"), int):
+    if not isinstance(record, dict) or type(record.get("crc32c")) is not int:  # true is an int, too
         raise DamagedObject(f"{name} is damaged: it carries no checksum")
     body = {key: value for key, value in record.items() if key != "crc32c"}
     try:
         intact = record["crc32c"] == crc32c(_canonical(body)) and _canonical(record) == data
-    except (ValueError, UnicodeEncodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedObject(f"{name} is damaged: it cannot be encoded again") from error
     if not intact:
         raise DamagedObject(f"{name} is damaged: its checksum does not match its content")

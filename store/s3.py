@@ -7,11 +7,12 @@ object's metadata: on "exists", the object is ours if and only if it carries our
 
 Credentials, region and endpoint come from wherever botocore finds them: the `AWS_*` environment
 variables (`AWS_ENDPOINT_URL` or `AWS_ENDPOINT_URL_S3` for a server that is not Amazon's), profiles
-and instance roles. Everything tried again is tried again here, with jitter, within bounds.
+and instance roles. Everything tried again is tried again here, by the policy of `common/retries.py`.
 """
 
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -21,14 +22,6 @@ import aiohttp
 import s3fs
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_after_delay,
-    wait_random_exponential,
-)
 
 from penstock.common import metrics
 from penstock.common.errors import (
@@ -38,10 +31,9 @@ from penstock.common.errors import (
     StoreError,
     Unavailable,
 )
+from penstock.common.retries import retrying
 from penstock.store.objects import ObjectStore
 
-_ATTEMPTS = 6
-_LAST_ATTEMPT_AFTER = 60.0  # seconds since the first attempt began
 _CONNECT_TIMEOUT = 5.0  # seconds
 _READ_TIMEOUT = 30.0  # seconds without a byte, counted from the end of the upload
 
@@ -79,6 +71,9 @@ class S3Store(ObjectStore):
     Raises:
         StoreError: the URL is not of that form.
     """
+
+    _sleep: Callable[[float], None] = staticmethod(time.sleep)
+    """How pauses between attempts are made; replaced where time is simulated."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -190,20 +185,12 @@ class S3Store(ObjectStore):
     def _call(self, op: str, key: str, call: Callable[[], _T]) -> _T:
         """Call, again while that may help; then one clear error in place of the library's."""
 
-        def warn(state: RetryCallState) -> None:
-            if state.outcome is not None and (error := state.outcome.exception()):
-                metrics.object_retries.labels(op).inc()
-                _log.warning("%s/%s: %s; trying again", self.url, key, _brief(error))
+        def tell(error: BaseException) -> None:
+            metrics.object_retries.labels(op).inc()
+            _log.warning("%s/%s: %s; trying again", self.url, key, _brief(error))
 
-        retrying = Retrying(
-            retry=retry_if_exception(_is_transient),
-            stop=stop_after_attempt(_ATTEMPTS) | stop_after_delay(_LAST_ATTEMPT_AFTER),
-            wait=wait_random_exponential(multiplier=0.2, max=5),
-            before_sleep=warn,
-            reraise=True,
-        )
         try:
-            return retrying(call)
+            return retrying(_is_transient, tell, self._sleep)(call)
         except Exception as error:
             explained = self._explain(key, error)
             if explained is None:

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from typing import Any, Self
+from typing import Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from penstock.common.errors import ConfigError, DamagedObject
+from penstock.common.errors import ConfigError, DamagedObject, UserError
 from penstock.common.settings import Settings
 from penstock.store.dataset import Dataset, open_dataset
-from penstock.store.layout import FORMAT_VERSION, config_key, reader_key
+from penstock.store.heads import CHECKPOINTS_KEPT
+from penstock.store.layout import FORMAT_VERSION, config_key
 from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 from penstock.store.order import ReadingOrder, batch_bounds
+from penstock.store.retention import Reader, register_reader
 from penstock.trainer.sae import AnySettings
 from penstock.trainer.sae.base import LOSS_CONVENTION
 
@@ -53,6 +55,8 @@ class DatasetPin(Settings):
     manifest_digest: str
     n_chunks: int
     rows: list[int]
+    start: int
+    """The position that the run begins at: chunks before it were deleted when it was submitted."""
     widths: dict[str, int]
     corpus_digest: str
     source: str
@@ -67,6 +71,17 @@ class RunConfig(Settings):
     dataset: DatasetPin
     settings: RunSettings
     loss_convention: str
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        pin = self.dataset
+        if pin.n_chunks != len(pin.rows) or not 0 <= pin.start < max(1, pin.n_chunks):
+            raise ValueError("dataset: rows, n_chunks and start do not fit together")
+        if pin.start % self.settings.window_chunks or min(pin.rows, default=0) < 0:
+            raise ValueError("dataset: start is not where a window begins, or rows are negative")
+        if missing := set(self.hooks) - set(pin.widths):
+            raise ValueError(f"dataset: no width of {min(missing)}")
+        return self
 
     @property
     def order(self) -> ReadingOrder:
@@ -85,23 +100,34 @@ class RunConfig(Settings):
         chunks = (order.chunk_at(p) for p in range(window.start, window.stop))
         return sum(self.dataset.rows[chunk] for chunk in chunks)
 
+    @property
+    def windows(self) -> range:
+        """Numbers of the windows that the run reads."""
+        return range(self.order.window_starting_at(self.dataset.start), self.order.n_windows)
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        windows = range(self.order.n_windows)
-        return sum(
-            len(batch_bounds(self.window_rows(number), self.settings.batch_rows)) for number in windows
-        )
+        batch_rows = self.settings.batch_rows
+        return sum(len(batch_bounds(self.window_rows(number), batch_rows)) for number in self.windows)
 
     def total_rows(self) -> int:
-        return sum(self.dataset.rows) * self.settings.epochs
+        return sum(self.window_rows(number) for number in self.windows)
 
 
-def resolve_run(settings: RunSettings, dataset: Dataset) -> RunConfig:
+def chunks_needed(settings: RunSettings, n_chunks: int) -> int:
+    """Chunks that a run must be able to have ahead of what it may still have to read again.
+
+    That is the stretch from its older kept checkpoint, over the newest, to the head after that.
+    """
+    return min(n_chunks, CHECKPOINTS_KEPT * settings.head_interval * settings.window_chunks)
+
+
+def resolve_run(settings: RunSettings, dataset: Dataset, start: int = 0) -> RunConfig:
     """Pin the dataset and name the run.
 
     Raises:
         UserError: the dataset does not hold a hook point.
-        ConfigError: k is larger than d_sae.
+        ConfigError: k is larger than d_sae, or the dataset is gone before its second epoch.
     """
     manifest = dataset.manifest
     widths = {sae.hook_name: manifest.d_in(sae.hook_name) for sae in settings.saes}
@@ -109,11 +135,17 @@ def resolve_run(settings: RunSettings, dataset: Dataset) -> RunConfig:
         k = getattr(sae, "k", 0)
         if k > sae.d_sae:
             raise ConfigError(f"saes: {sae.name}: k is {k}, more than its d_sae of {sae.d_sae}")
+    if manifest.retention == "window" and settings.epochs > 1:
+        raise ConfigError(
+            f"runs: {settings.name}: epochs is {settings.epochs}, but the dataset keeps only a window "
+            "(retention: window); use one epoch, or retention: keep"
+        )
     pin = DatasetPin(
         url=dataset.url,
         manifest_digest=manifest.digest,
         n_chunks=manifest.n_chunks,
         rows=manifest.rows,
+        start=start,
         widths=widths,
         corpus_digest=manifest.corpus.digest,
         source=manifest.source.name,
@@ -130,23 +162,40 @@ def resolve_run(settings: RunSettings, dataset: Dataset) -> RunConfig:
     )
 
 
-def submit_run(runs: ObjectStore, dataset: Dataset, settings: RunSettings) -> tuple[RunConfig, bool]:
+def submit_run(
+    runs: ObjectStore, dataset: Dataset, settings: RunSettings, budget_chunks: int | None = None
+) -> tuple[RunConfig, bool]:
     """Store a run's config and register it as a reader of its dataset.
+
+    Args:
+        budget_chunks: what the dataset holds at a time, if it keeps only a window.
 
     Returns:
         The config, and whether this call submitted it (the same run can be submitted again).
+
+    Raises:
+        ConfigError: the budget is too small for the run.
+        UserError: the dataset has nothing left for it.
     """
     config = resolve_run(settings, dataset)
-    reader: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "run": config.run_id,
-        "runs_url": runs.url,
-        "start": 0,
-    }
+    if runs.exists(config_key(config.run_id)):
+        return load_run_config(runs, config.run_id), False
+    order, needs = config.order, chunks_needed(settings, dataset.n_chunks)
+    if budget_chunks is not None and budget_chunks < needs:
+        raise ConfigError(
+            f"dataset.budget_bytes: holds {budget_chunks} chunks, but run {settings.name} needs {needs} "
+            f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
+        )
     # the reader record comes first: nothing the run needs may vanish once it exists
-    dataset.store.create_record(reader_key(config.run_id), reader)
-    created = runs.create_record(config_key(config.run_id), config.model_dump(mode="json"))
-    return (config, True) if created else (load_run_config(runs, config.run_id), False)
+    floor = register_reader(dataset.store, Reader(config.run_id, runs.url, 0, needs))
+    start = -(-floor // order.window_chunks) * order.window_chunks
+    if start >= dataset.n_chunks:
+        raise UserError(
+            f"run {config.run_id}: {dataset.url} keeps only a window, and nothing of it is left to read"
+        )
+    config = resolve_run(settings, dataset, start)
+    new = runs.create_guarded(config_key(config.run_id), config.model_dump(mode="json"))
+    return (config, True) if new else (load_run_config(runs, config.run_id), False)
 
 
 def load_run_config(runs: ObjectStore, run_id: str) -> RunConfig:
@@ -160,7 +209,7 @@ def load_run_config(runs: ObjectStore, run_id: str) -> RunConfig:
     record = runs.get_record(key)
     check_format(record, f"{runs.url}/{key}")
     try:
-        return TypeAdapter(RunConfig).validate_python(record)
+        return RunConfig.model_validate(record)
     except ValidationError as error:
         raise DamagedObject(f"{runs.url}/{key} is not a run config") from error
 

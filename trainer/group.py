@@ -5,9 +5,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from penstock.store.heads import Head
 from penstock.store.loader import LoadedWindow
 from penstock.trainer.config import RunConfig
-from penstock.trainer.lineage import Head
 from penstock.trainer.sae.base import Schedule
 from penstock.trainer.step import Figures, SAETraining
 
@@ -24,7 +24,8 @@ class Group:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.position = self.step = self.rows = 0
+        self.position = config.dataset.start
+        self.step = self.rows = 0
         self.total_steps = config.total_steps()
         self.figures: dict[str, Figures] = {}
         self.members = {
@@ -52,7 +53,7 @@ class Group:
 
     def begin_window(self, loaded: LoadedWindow) -> None:
         for member in self.members.values():
-            if self.step == 0:
+            if self.step == 0 and loaded.n_rows:
                 member.initialise(loaded.acts[member.settings.hook_name])
             member.begin_window()
 

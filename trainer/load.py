@@ -3,9 +3,10 @@
 import safetensors.torch
 
 from penstock.common.errors import ObjectMissing, UserError, nearest
+from penstock.store.heads import Head, newest_head
 from penstock.store.objects import ObjectStore, open_store
 from penstock.trainer.config import RunConfig, load_run_config
-from penstock.trainer.lineage import Head, load_checkpoint, newest_head
+from penstock.trainer.lineage import load_checkpoint
 from penstock.trainer.sae import SAE, build
 
 

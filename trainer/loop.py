@@ -10,11 +10,19 @@ import time
 from typing import Any, Literal, Protocol
 
 from penstock.common.errors import Diverged
-from penstock.store.loader import LoadedWindow, WindowLoader
+from penstock.store.heads import Head
+from penstock.store.loader import LoadedWindow
 from penstock.trainer.group import Group
-from penstock.trainer.lineage import Head, Lineage
+from penstock.trainer.lineage import Lineage
 
 Outcome = Literal["done", "stopped", "handed over"]
+
+
+class Loader(Protocol):
+    """Hands out windows one after the other."""
+
+    def get(self, timeout: float) -> LoadedWindow | None: ...
+    def close(self) -> None: ...
 
 
 class Observer(Protocol):
@@ -31,7 +39,7 @@ class Observer(Protocol):
 
 
 def train(
-    group: Group, lineage: Lineage, loader: WindowLoader, observer: Observer, stop: threading.Event
+    group: Group, lineage: Lineage, loader: Loader, observer: Observer, stop: threading.Event
 ) -> Outcome:
     """Train a run from the lineage's head until it ends or the worker must leave it."""
     settings = group.config.settings
@@ -67,7 +75,7 @@ def train(
 
 
 def _next_window(
-    group: Group, loader: WindowLoader, observer: Observer, stop: threading.Event
+    group: Group, loader: Loader, observer: Observer, stop: threading.Event
 ) -> LoadedWindow | None:
     """The next window; None if the worker is to stop or hand the run over while it waits."""
     while not stop.is_set():
@@ -104,7 +112,10 @@ def _commit(
 def _diverged(lineage: Lineage, bad: tuple[str, int], loaded: LoadedWindow) -> Diverged:
     """End the run at its last good head, naming what went wrong."""
     name, step = bad
-    chunks = f"positions {loaded.window.start} to {loaded.window.stop - 1}"
-    reason = f"loss or weights of {name} are not finite at step {step} ({chunks}); lower its lr"
+    chunks = ", ".join(map(str, loaded.chunks))
+    reason = (
+        f"loss or weights of {name} are not finite at step {step}, in the window of chunks {chunks}; "
+        f"lower its lr, or look at these chunks. Head {lineage.head.n} is the last good one"
+    )
     lineage.end("failed", reason)
     return Diverged(f"run {lineage.run_id}: {reason}")

@@ -7,10 +7,10 @@ import redis
 
 from penstock.common import metrics
 from penstock.common.heartbeat import Heartbeat
+from penstock.store.heads import Head
 from penstock.store.objects import ObjectStore
 from penstock.store.queue import Feed, Presence, RunQueue
 from penstock.trainer.group import Group
-from penstock.trainer.lineage import Head
 from penstock.trainer.pending import reconcile_runs
 from penstock.trainer.supply import Supply
 from penstock.trainer.workplace import Workplace, forgiving

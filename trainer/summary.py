@@ -5,9 +5,10 @@ from typing import Any
 from penstock.common.errors import UserError
 from penstock.store.corpus import Corpus
 from penstock.store.dataset import Dataset
+from penstock.store.heads import Head, chain, newest_head
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import RunConfig
-from penstock.trainer.lineage import Head, chain, load_history, newest_head
+from penstock.trainer.lineage import load_history
 
 
 def last_head(runs: ObjectStore, config: RunConfig) -> Head:

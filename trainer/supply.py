@@ -1,22 +1,23 @@
 """Where a worker learns that its next chunk is there: the feed, and the store when the feed is silent."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import redis
 
 from penstock.common import metrics
+from penstock.common.errors import DataError
 from penstock.common.logs import LOGGER
 from penstock.store.layout import commit_key
 from penstock.store.objects import ObjectStore
 from penstock.store.queue import Feed
+from penstock.trainer.mending import Mender, Stopped
 
 BLOCK_MS = 500
 """How long one read of the feed waits: short, so that a stop is noticed."""
-
-
-class Stopped(Exception):
-    """The worker is stopping; nothing is wrong."""
+REMIND_SECONDS = 60.0
+"""A worker that waits for a chunk says so this often."""
 
 
 class Supply:
@@ -29,15 +30,25 @@ class Supply:
 
     Args:
         store: the dataset's.
+        mender: has chunks made that are missing or damaged.
+        register: lets producers know of the feed, as often as may be needed.
         beat: called whenever a poll was answered.
     """
 
     def __init__(
-        self, feed: Feed, store: ObjectStore, stop: threading.Event, beat: Callable[[], None]
+        self,
+        feed: Feed,
+        store: ObjectStore,
+        mender: Mender,
+        register: Callable[[], None],
+        stop: threading.Event,
+        beat: Callable[[], None],
     ) -> None:
         self.waiting_for: int | None = None
         self._feed = feed
         self._store = store
+        self._mender = mender
+        self._register = register
         self._stop = stop
         self._beat = beat
         self._fed: dict[int, int] = {}
@@ -49,11 +60,31 @@ class Supply:
             Stopped: the worker is to stop.
         """
         self.waiting_for = chunk
+        reminded = time.monotonic()
         while not self._stop.is_set():
-            if self._fed.pop(position, None) == chunk or self._poll(position, chunk):
+            if self.is_there(position, chunk):
                 self.waiting_for = None
                 return
+            if time.monotonic() - reminded > REMIND_SECONDS:
+                reminded = time.monotonic()
+                self._remind(chunk)
         raise Stopped
+
+    def is_there(self, position: int, chunk: int) -> bool:
+        """Whether the chunk of a position is committed: one look, which may block for a moment."""
+        return self._fed.pop(position, None) == chunk or self._poll(position, chunk)
+
+    def mend(self, chunk: int, error: DataError) -> None:
+        """See `Mender.mend`."""
+        self._mender.mend(chunk, error)
+        self._beat()
+
+    def _remind(self, chunk: int) -> None:
+        if self._mender.someone_produces():
+            LOGGER.info("waiting for chunk %d, which producers have yet to make", chunk)
+        else:
+            LOGGER.warning("waiting for chunk %d, and no producer is there: start one", chunk)
+            self._mender.ask(chunk)
 
     def _poll(self, position: int, chunk: int) -> bool:
         try:
@@ -65,7 +96,8 @@ class Supply:
             if entries:
                 LOGGER.warning("feed %s does not match the run's order: rebuilding", self._feed.spec.key)
                 metrics.queue_rebuilds.inc()
-                self._feed.rebuild()
+                self._fed = {}
+                self._feed.rebuild(position)
         except redis.RedisError as error:
             LOGGER.warning("the feed cannot be read, asking the store: %s", error)
             self._stop.wait(BLOCK_MS / 1000)
@@ -81,6 +113,8 @@ class Supply:
     def _feed_ahead(self) -> None:
         try:
             self._feed.open()
+            # Redis may have lost it with everything else
+            self._register()
             self._feed.advance(lambda index: self._store.exists(commit_key(index)))
         except redis.RedisError as error:
             LOGGER.warning("the feed cannot be advanced: %s", error)

@@ -2,36 +2,89 @@
 
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import redis
 
 from penstock.common import metrics
-from penstock.common.errors import Diverged, Fenced, Unavailable
+from penstock.common.errors import (
+    ConfigError,
+    DataError,
+    Detached,
+    Diverged,
+    Fenced,
+    PenstockError,
+    RunFailed,
+    Unavailable,
+)
 from penstock.common.health import Health
 from penstock.common.heartbeat import Heartbeat
 from penstock.common.logs import LOGGER
-from penstock.store.dataset import Dataset
-from penstock.store.layout import reader_key
-from penstock.store.loader import WindowLoader
-from penstock.store.queue import ChunkQueue, Feed, FeedSpec, RunQueue, register_feed, remove_feed
-from penstock.trainer.config import RunConfig, load_run_config, open_pinned
-from penstock.trainer.group import Group
+from penstock.store.heads import barren_takeovers, newest_head
+from penstock.store.loader import WindowReader
+from penstock.store.objects import ObjectStore
+from penstock.store.queue import (
+    ChunkQueue,
+    Feed,
+    FeedSpec,
+    Presence,
+    RunQueue,
+    register_feed,
+    remove_feed,
+)
+from penstock.trainer.config import RunConfig, load_run_config
 from penstock.trainer.lineage import Lineage, take_over
 from penstock.trainer.loop import Outcome, train
+from penstock.trainer.mending import Mender, Stopped
 from penstock.trainer.observer import RECONCILE_SECONDS, RunObserver, Voice
 from penstock.trainer.pending import reconcile_runs, unfinished_runs
-from penstock.trainer.supply import Stopped, Supply
+from penstock.trainer.supply import Supply
 from penstock.trainer.workplace import Workplace, check_environment, forgiving, set_up_strict
 
 IDLE_SECONDS = 0.5
 """Pause between looks at the queue while no run is free."""
 REDIS_PATIENCE_SECONDS = 300.0
 """A queue silent for this long ends the worker."""
+ASIDE_SECONDS = 30.0
+"""A run that could not be carried on is not tried again by this worker for so long."""
+TRIES = 3
+"""Attempts at a run, in a row, before a draining worker ends with what is wrong with it."""
+MAX_TAKEOVERS = 20
+"""Workers in a row that may take a run over without getting it further; then it has failed."""
+
+
+class Aside:
+    """Runs that this worker could not carry on, and why: others may do better, and so may it, later."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+        self._errors: dict[str, list[PenstockError]] = {}
+
+    def put(self, run_id: str, error: PenstockError) -> None:
+        self._until[run_id] = time.monotonic() + ASIDE_SECONDS
+        self._errors.setdefault(run_id, []).append(error)
+
+    def forget(self, run_id: str) -> None:
+        self._errors.pop(run_id, None)
+
+    def now(self) -> list[str]:
+        """Runs not to be tried yet."""
+        return [run_id for run_id, until in self._until.items() if time.monotonic() < until]
+
+    def hopeless(self) -> dict[str, PenstockError]:
+        """Run id -> its last error, for runs that were tried often enough."""
+        return {run_id: errors[-1] for run_id, errors in self._errors.items() if len(errors) >= TRIES}
 
 
 def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -> None:
-    """Carry runs on until `stop` is set or, with `drain`, until none is left that has not ended."""
+    """Carry runs on until `stop` is set or, with `drain`, until none is left that has not ended.
+
+    Raises:
+        PenstockError: with `drain`, what keeps the runs that are left from being carried on.
+        Unavailable: Redis has been silent for too long.
+    """
     queue = RunQueue(
         place.client, place.redis.prefix, place.runs.url, place.worker, place.redis.lease_seconds
     )
@@ -43,7 +96,8 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
         for run_id in leased:
             queue.renew(run_id)
 
-    heartbeat = Heartbeat(renew, place.redis.lease_seconds, health)
+    heartbeat = place.heartbeat(renew, place.redis.lease_seconds, health)
+    aside = Aside()
     reconciled, answered = float("-inf"), time.monotonic()
     health.ready = True
     try:
@@ -54,8 +108,11 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                     reconcile_runs(place.runs, queue)
                     reconciled = time.monotonic()
                     voice.say()
-                run_id = queue.lease()
+                run_id = queue.lease(aside.now())
                 answered = time.monotonic()
+                # the store is asked, which costs more, only when the queue has no run for us
+                if run_id is None and drain and _drained(place.runs, queue, aside):
+                    return
             except redis.RedisError as error:
                 if time.monotonic() - answered > REDIS_PATIENCE_SECONDS:
                     raise Unavailable(f"redis does not answer: {error}") from error
@@ -63,20 +120,21 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 stop.wait(1.0)
                 continue
             if run_id is None:
-                # the store is asked, which costs more, only when the queue knows of no run
-                if drain and not queue.pending() and not unfinished_runs(place.runs):
-                    return
                 stop.wait(IDLE_SECONDS)
                 continue
             leased.append(run_id)
             voice.say(run=run_id)
             try:
                 carry_on(place, queue, run_id, heartbeat, voice, stop)
+                aside.forget(run_id)
             except Fenced as error:
                 metrics.sae_fenced.inc()
                 LOGGER.warning("%s", error)
-            except Diverged as error:
+            except RunFailed as error:
                 LOGGER.error("%s", error)
+            except (DataError, ConfigError) as error:
+                LOGGER.error("run %s cannot be carried on: %s", run_id, error)
+                aside.put(run_id, error)
             finally:
                 leased.clear()
                 voice.say(run=None, rows=None, figures=None, waiting_for=None)
@@ -84,6 +142,20 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
     finally:
         heartbeat.close()
         voice.leave()
+
+
+def _drained(runs: ObjectStore, queue: RunQueue, aside: Aside) -> bool:
+    """Whether no run is left that this worker could ever carry on."""
+    hopeless = aside.hopeless()
+    if set(queue.pending()) - set(hopeless):
+        return False
+    unfinished = unfinished_runs(runs)
+    wrong = hopeless | unfinished.damaged
+    if set(unfinished.positions) - set(wrong):
+        return False
+    for error in wrong.values():
+        raise error
+    return True
 
 
 def carry_on(
@@ -94,30 +166,33 @@ def carry_on(
     voice: Voice,
     stop: threading.Event,
 ) -> Outcome | None:
-    """Take a run over and train it; None if it had ended already."""
+    """Take a run over and train it; None if it had ended already.
+
+    Raises:
+        Fenced, RunFailed
+        DataError, ConfigError: it cannot be carried on here or now.
+    """
     config = load_run_config(place.runs, run_id)
     strict = config.settings.strict
     set_up_strict(strict, place)
     environment = place.environment(strict)
     check_environment(place.runs, run_id, environment, strict)
-    dataset = open_pinned(config)
-    lineage = take_over(place.runs, run_id, environment)
+    dataset = place.open_data(config)
+    lineage = _take_over(place, queue, config, environment, heartbeat, stop)
     if lineage is None:
-        _forget(place, queue, config)
+        if not stop.is_set():
+            _forget(place, queue, config)
         return None
-    if lineage.head.n > 0:
-        metrics.sae_takeovers.inc()
-    LOGGER.info(
-        "run %s: taken over at position %d of %d, step %d",
-        *(run_id, lineage.head.position, config.order.n_positions, lineage.head.step),
-    )
-    group = Group(config, place.device)
+    group = place.group(config, place.device)
     group.restore(lineage.head, lineage.load())
-    feed = _open_feed(place, queue, config, dataset, lineage)
     leave = threading.Event()
-    supply = Supply(feed, dataset.store, leave, heartbeat.beat)
-    first = config.order.window_starting_at(group.position)
-    loader = WindowLoader(dataset, config.hooks, config.order, first, supply.await_chunk)
+    chunks = _chunk_queue(place, config, repairs=True)
+    mender = Mender(dataset, run_id, chunks, Presence(place.client, place.redis.prefix, place.worker), leave)
+    spec = _feed_spec(queue, config, lineage)
+    feed, register = _open_feed(place, config, spec, chunks.feeds_key)
+    supply = Supply(feed, dataset.store, mender, register, leave, heartbeat.beat)
+    reader = WindowReader(dataset, config.hooks, config.order, supply)
+    loader = place.loader(reader, config.order.window_starting_at(group.position))
     observer = RunObserver(queue, feed, heartbeat, voice, supply, group, place.runs)
     try:
         outcome = train(group, lineage, loader, observer, stop)
@@ -126,6 +201,8 @@ def carry_on(
     except Diverged:
         _forget(place, queue, config)
         raise
+    except Detached as error:
+        raise _failed(place, queue, config, lineage, str(error)) from error
     finally:
         leave.set()
         loader.close()
@@ -135,17 +212,63 @@ def carry_on(
     return outcome
 
 
+def _take_over(
+    place: Workplace,
+    queue: RunQueue,
+    config: RunConfig,
+    environment: dict[str, Any],
+    heartbeat: Heartbeat,
+    stop: threading.Event,
+) -> Lineage | None:
+    """Take a run over, slower the more workers did so in vain; None if it has ended or we are to stop.
+
+    Raises:
+        RunFailed: too many did.
+    """
+    run_id, start = config.run_id, config.dataset.start
+    barren = barren_takeovers(place.runs, run_id, newest_head(place.runs, run_id))
+    for _ in range(backoff_seconds(barren)):
+        heartbeat.beat()
+        if stop.wait(1.0):
+            return None
+    lineage = take_over(place.runs, run_id, environment, start)
+    if lineage is None:
+        return None
+    if barren >= MAX_TAKEOVERS:
+        where = f"position {lineage.head.position}"
+        reason = f"{barren} workers in a row took it over at {where} and got no further; see their logs"
+        raise _failed(place, queue, config, lineage, reason)
+    if lineage.head.n > 0:
+        metrics.sae_takeovers.inc()
+    LOGGER.info(
+        "run %s: taken over at position %d of %d, step %d",
+        *(run_id, lineage.head.position, config.order.n_positions, lineage.head.step),
+    )
+    return lineage
+
+
+def backoff_seconds(barren: int) -> int:
+    """Pause before a takeover, by how many before it were in vain: 0, 0, 0, 1, 2, 4, … 30 seconds."""
+    return 0 if barren < 3 else min(30, 2 ** (barren - 3))
+
+
+def _failed(place: Workplace, queue: RunQueue, config: RunConfig, lineage: Lineage, reason: str) -> RunFailed:
+    """End a run that nobody can carry on."""
+    lineage.end("failed", reason)
+    _forget(place, queue, config)
+    return RunFailed(f"run {config.run_id}: {reason}")
+
+
 def _forget(place: Workplace, queue: RunQueue, config: RunConfig) -> None:
     """A run has ended: nothing in Redis needs to speak of it."""
+    feeds_key = _chunk_queue(place, config).feeds_key
     forgiving(lambda: queue.remove(config.run_id))
-    forgiving(lambda: remove_feed(place.client, _feeds_key(place, config), config.run_id))
+    forgiving(lambda: remove_feed(place.client, feeds_key, config.run_id))
 
 
-def _open_feed(
-    place: Workplace, queue: RunQueue, config: RunConfig, dataset: Dataset, lineage: Lineage
-) -> Feed:
+def _feed_spec(queue: RunQueue, config: RunConfig, lineage: Lineage) -> FeedSpec:
     order = config.order
-    spec = FeedSpec(
+    return FeedSpec(
         key=queue.feed_key(config.run_id, lineage.takeover.n),
         start=lineage.head.position,
         n_chunks=order.n_chunks,
@@ -153,23 +276,27 @@ def _open_feed(
         window_chunks=order.window_chunks,
         seed=order.seed,
     )
+
+
+def _open_feed(
+    place: Workplace, config: RunConfig, spec: FeedSpec, feeds_key: str
+) -> tuple[Feed, Callable[[], None]]:
+    """The feed of a lineage, in place of the one before, and what lets producers know of it."""
     feed = Feed(place.client, spec)
-    feeds_key = _feeds_key(place, config)
+    register = partial(register_feed, place.client, feeds_key, config.run_id, spec)
     forgiving(lambda: remove_feed(place.client, feeds_key, config.run_id))
     forgiving(feed.open)
-    forgiving(lambda: register_feed(place.client, feeds_key, config.run_id, spec))
-    if not dataset.store.exists(reader_key(config.run_id)):
-        LOGGER.warning("run %s is not registered as a reader of %s", config.run_id, dataset.url)
-    return feed
+    forgiving(register)
+    return feed, register
 
 
-def _feeds_key(place: Workplace, config: RunConfig) -> str:
-    queue = ChunkQueue(
+def _chunk_queue(place: Workplace, config: RunConfig, repairs: bool = False) -> ChunkQueue:
+    return ChunkQueue(
         place.client,
         place.redis.prefix,
         config.dataset.url,
         config.dataset.manifest_digest,
         place.worker,
         place.redis.lease_seconds,
+        repairs,
     )
-    return queue.feeds_key

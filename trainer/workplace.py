@@ -10,10 +10,17 @@ import torch
 
 from penstock.common.device import device_kind
 from penstock.common.errors import ConfigError
+from penstock.common.health import Health
+from penstock.common.heartbeat import Heartbeat
 from penstock.common.logs import LOGGER
 from penstock.common.redis import Client, RedisSettings
+from penstock.store.dataset import Dataset
+from penstock.store.heads import newest_head
+from penstock.store.loader import WindowLoader, WindowReader
 from penstock.store.objects import ObjectStore
-from penstock.trainer.lineage import newest_head
+from penstock.trainer.config import RunConfig, open_pinned
+from penstock.trainer.group import Group
+from penstock.trainer.loop import Loader
 
 _THREADS = torch.get_num_threads()
 """What torch chose for this machine, before any strict run."""
@@ -21,7 +28,14 @@ _THREADS = torch.get_num_threads()
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a worker needs: where runs are, Redis, itself and its device."""
+    """What a worker needs: where runs are, Redis, itself, its device, and its tools.
+
+    Attributes:
+        group: makes the SAEs of a run.
+        loader: reads windows from a number on.
+        heartbeat: calls a function as long as there is progress.
+        open_data: opens the dataset of a run.
+    """
 
     runs: ObjectStore
     client: Client
@@ -30,6 +44,10 @@ class Workplace:
     device: torch.device
     threads: int | None
     port: int
+    group: Callable[[RunConfig, torch.device], Group] = Group
+    loader: Callable[[WindowReader, int], Loader] = WindowLoader
+    heartbeat: Callable[[Callable[[], None], float, Health], Heartbeat] = Heartbeat
+    open_data: Callable[[RunConfig], Dataset] = open_pinned
 
     def environment(self, strict: bool) -> dict[str, Any]:
         """What the bits of a training depend on."""

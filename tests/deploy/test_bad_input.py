@@ -10,6 +10,7 @@ from penstock.common.model.files import ModelSettings, find_model
 from services.command import assert_one_clear_line, penstock, small_config, write_config
 from services.moto import MotoServer
 from services.proxy import FaultProxy
+from services.valkey import connected, valkey_server
 
 
 def config_file(tmp_path: Path, **changes: Any) -> Path:
@@ -106,3 +107,13 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         result = penstock("train", config_file(tmp_path, metrics={"port": port}))
     assert_one_clear_line(result, "metrics.port", str(port))
+
+
+@pytest.mark.parametrize("command", ["produce", "train"])
+def test_a_redis_that_may_evict(tmp_path: Path, command: str) -> None:
+    with valkey_server() as server:
+        client = connected(server)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        client.close()
+        result = penstock(command, config_file(tmp_path, redis={"url": server.url}))
+    assert_one_clear_line(result, "redis.url", server.url, "allkeys-lru", "maxmemory-policy noeviction")

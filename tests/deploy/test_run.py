@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from penstock.store.dataset import open_dataset
-from penstock.trainer.lineage import load_history, newest_head
+from penstock.store.heads import newest_head
+from penstock.trainer.lineage import load_history
 from penstock.trainer.load import load_sae, split_run_url
 from services.browser import open_page
 from services.command import COMMAND, penstock, small_config, start, write_config

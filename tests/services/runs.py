@@ -9,9 +9,9 @@ import torch
 from penstock.common.health import Health
 from penstock.common.redis import Client, RedisSettings
 from penstock.store.dataset import Dataset
+from penstock.store.heads import Head, chain, newest_head
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import RunConfig, RunSettings, submit_run
-from penstock.trainer.lineage import Head, chain, newest_head
 from penstock.trainer.worker import work
 from penstock.trainer.workplace import Workplace
 from services.synthetic import MLP, RESID

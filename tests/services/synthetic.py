@@ -55,6 +55,7 @@ def make_manifest(rows: list[int] | None = None, hooks: dict[str, int] | None = 
         rows=rows,
         seed=3,
         codec="bytes+crc32c",
+        retention="keep",
     )
 
 

@@ -5,6 +5,7 @@ Each test takes a key prefix of its own; nothing is ever flushed.
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -64,6 +65,12 @@ def answers(url: str) -> bool:
         except redis.RedisError:
             return False
         return True
+
+
+def kill_server(server: EmbeddedServer) -> None:
+    """SIGKILL the server itself, not its guard, and wait until it is gone."""
+    os.kill(server.server_pid, signal.SIGKILL)
+    eventually(lambda: not server.alive())
 
 
 def connected(server: EmbeddedServer) -> Client:

@@ -52,6 +52,7 @@ def manifest(**changes: Any) -> Manifest:
         rows=[28, 14],
         seed=3,
         codec="bytes+crc32c",
+        retention="keep",
     ).model_dump()
     for name, value in changes.items():
         *path, last = name.split("__")

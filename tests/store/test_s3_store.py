@@ -14,6 +14,8 @@ import pytest
 
 from contracts.objects import ObjectStoreContract
 from penstock.common.errors import ObjectMissing, PenstockError, StoreError, Unavailable
+from penstock.common.metrics import REGISTRY
+from penstock.common.retries import ATTEMPTS, LONGEST_PAUSE
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.s3 import S3Store
 from services.moto import MotoServer
@@ -164,6 +166,29 @@ def test_endless_503_is_unavailable(
     ] * (len(proxy.requests) - 1)
 
 
+def test_pauses_may_be_simulated_and_every_retry_is_counted(proxy: FaultProxy, store: S3Store) -> None:
+    pauses: list[float] = []
+    store._sleep = pauses.append
+    before = retries_counted("get")
+    proxy.answers = itertools.repeat((503, "SlowDown"))
+    with pytest.raises(Unavailable):
+        store.get("a")
+    assert len(proxy.requests) == ATTEMPTS
+    assert len(pauses) == ATTEMPTS - 1
+    assert all(0 <= pause <= LONGEST_PAUSE for pause in pauses)
+    assert retries_counted("get") == before + ATTEMPTS - 1
+    assert S3Store(store.url)._sleep is time.sleep
+
+
+def test_what_is_not_tried_again_is_not_counted(proxy: FaultProxy, store: S3Store) -> None:
+    before = retries_counted("put")
+    store.put("a", b"1")
+    proxy.answers = iter([(403, "AccessDenied")])
+    with pytest.raises(StoreError):
+        store.put("a", b"1")
+    assert retries_counted("put") == before
+
+
 def test_an_endpoint_that_is_down_is_unavailable_soon(bucket: str, aws: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -297,3 +322,7 @@ def check_message(error: PenstockError, *parts: str) -> None:
         assert part in message
     assert "\n" not in message
     assert SECRET not in message
+
+
+def retries_counted(op: str) -> float:
+    return REGISTRY.get_sample_value("penstock_object_retries_total", {"op": op}) or 0.0

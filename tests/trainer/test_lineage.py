@@ -8,18 +8,9 @@ from typing import Any
 import pytest
 
 from penstock.common.errors import DamagedObject, Fenced, ObjectMissing
+from penstock.store.heads import CHECKPOINTS_KEPT, Head, chain, newest_head, read_head
 from penstock.store.local import LocalStore
-from penstock.trainer.lineage import (
-    CHECKPOINTS_KEPT,
-    Head,
-    Lineage,
-    chain,
-    load_checkpoint,
-    load_history,
-    newest_head,
-    read_head,
-    take_over,
-)
+from penstock.trainer.lineage import Lineage, load_checkpoint, load_history, take_over
 
 RUN = "run-1"
 ENVIRONMENT = {"torch": "0", "threads": 1}

@@ -1,0 +1,183 @@
+"""A real S3 server for tests: Ceph's object gateway over one monitor and one disk server, from Debian.
+
+Everything lives in one temporary directory and listens on free ports of 127.0.0.1, so several can run.
+"""
+
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from services.processes import free_port, kill, need, start
+from services.s3_server import S3Server
+from services.waiting import eventually
+
+_CONFIG = """\
+[global]
+fsid = {fsid}
+mon host = {monitor}
+public addr = 127.0.0.1
+auth cluster required = none
+auth service required = none
+auth client required = none
+# one disk, nothing kept twice
+osd pool default size = 1
+osd pool default min size = 1
+mon allow pool size one = true
+osd crush chooseleaf type = 0
+osd pool default pg num = 1
+osd pool default pgp num = 1
+osd pool default pg autoscale mode = off
+mon max pg per osd = 1000
+# the monitor gathers changes this long before it decides: with the default of 1 s a start takes 8 s more
+paxos propose interval = 0.05
+osd objectstore = bluestore
+# a sparse file
+bluestore block size = 21474836480
+bluestore cache autotune = false
+osd memory target = 939524096
+osd class update on start = false
+# a new bucket is announced to a killed gateway, too, until it has been silent for this long
+osd client watch timeout = 3
+run dir = {directory}
+log file = {directory}/$name.log
+admin socket = {directory}/$name.asok
+mon data = {directory}/mon
+osd data = {directory}/osd
+keyring = {directory}/keyring
+[client.rgw.a]
+rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw run sync thread = false
+# the default, "secure", is not to be had without authentication: the gateway would hang
+ms mon client mode = crc
+"""
+
+_START = 120.0  # seconds; usually 10
+
+
+class CephGateway(S3Server):
+    """An S3 endpoint at `url` for as long as the `with` block lasts.
+
+    Skips (fails on CI) where Ceph is not installed. Objects outlive `kill_gateway` and `kill_all`.
+    """
+
+    def __init__(self) -> None:
+        need("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._stack = ExitStack()
+        self._monitor: subprocess.Popen[bytes] | None = None
+        self._disk: subprocess.Popen[bytes] | None = None
+        self._gateway: subprocess.Popen[bytes] | None = None
+        self._port = port
+
+    def __enter__(self) -> "CephGateway":
+        with ExitStack() as stack:
+            self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-")))
+            stack.callback(self.kill_all)
+            self._set_up()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def gateway_pid(self) -> int:
+        assert self._gateway is not None
+        return self._gateway.pid
+
+    def kill_gateway(self) -> None:
+        """SIGKILL the gateway: whatever it was doing is cut off."""
+        kill(self._gateway)
+
+    def start_gateway(self) -> None:
+        """Start the gateway on its port and wait until it answers."""
+        self._gateway = self._start("radosgw", "-n", "client.rgw.a")
+        self._wait_for_gateway()
+
+    def kill_all(self) -> None:
+        """SIGKILL every process, as a power cut would."""
+        for process in (self._gateway, self._disk, self._monitor):
+            kill(process)
+
+    def start_all(self) -> None:
+        """Start everything after `kill_all` and wait until the gateway answers."""
+        self._monitor = self._start("ceph-mon", "-i", "a")
+        self._disk = self._start("ceph-osd", "-i", "0")
+        self.start_gateway()
+
+    def _set_up(self) -> None:
+        fsid, disk = str(uuid.uuid4()), str(uuid.uuid4())
+        monitor = f"[v2:127.0.0.1:{free_port()},v1:127.0.0.1:{free_port()}]"
+        config = _CONFIG.format(fsid=fsid, monitor=monitor, directory=self._directory, port=self._port)
+        (self._directory / "ceph.conf").write_text(config)
+        for name in ("mon", "osd"):
+            (self._directory / name).mkdir()
+        map_, keys = str(self._directory / "monmap"), str(self._directory / "keyring")
+        self._call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", monitor, map_)
+        self._call(
+            *("ceph-authtool", "--create-keyring", keys, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
+        )
+        self._call("ceph-mon", "--mkfs", "-i", "a", "--monmap", map_, "--keyring", keys)
+        self._monitor = self._start("ceph-mon", "-i", "a")
+        self._call("ceph", "osd", "new", disk)
+        self._call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
+        self._call("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h")
+        self._disk = self._start("ceph-osd", "-i", "0")
+        self.start_gateway()
+        self._call(
+            *("radosgw-admin", "user", "create", "--uid=test", "--display-name=test"),
+            *(f"--access-key={self.access_key}", f"--secret-key={self.secret_key}"),
+        )
+
+    def _command(self, name: str, *arguments: str) -> list[str]:
+        return [name, "-c", str(self._directory / "ceph.conf"), *arguments]
+
+    def _start(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        with (self._directory / f"{name}.out").open("ab") as output:
+            return start([*self._command(name, *arguments), "-f"], output)
+
+    def _call(self, name: str, *arguments: str) -> None:
+        done = subprocess.run(
+            self._command(name, *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_START,
+            check=False,
+        )
+        assert done.returncode == 0, f"{name} {' '.join(arguments)}: {done.stdout}"
+
+    def _wait_for_gateway(self) -> None:
+        processes = {"ceph-mon": self._monitor, "ceph-osd": self._disk, "radosgw": self._gateway}
+
+        def ready() -> bool:
+            for name, process in processes.items():
+                if process is not None and process.poll() is not None:
+                    said = (self._directory / f"{name}.out").read_text(errors="replace")
+                    raise AssertionError(f"{name} ended with {process.returncode}: {said[-2000:]}")
+            return _answers(self.url)
+
+        eventually(ready, _START)
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
+        return refusal.code < 500
+    except OSError:
+        return False
+    return True
