@@ -12,6 +12,11 @@ import redis
 from penstock.common.errors import Unavailable
 from penstock.common.guard import END_SECONDS, SOCKET_NAME, remove
 
+QUICK_DEATH_SECONDS = 2.0
+"""A death this soon after its start is a quick one."""
+RESTARTS = 5
+"""Quick deaths in a row before we give up."""
+
 
 class EmbeddedServer:
     """A Valkey server on a unix socket, with an append-only file in `directory`.
@@ -34,6 +39,8 @@ class EmbeddedServer:
         """Of the server itself, as of the last question to its guard."""
         self._directory = directory.absolute()
         self._patience = patience
+        self._started = float("-inf")
+        self._quick_deaths = 0
         self._guard = self._start_guard()
         self.ensure()
 
@@ -59,7 +66,11 @@ class EmbeddedServer:
                     time.sleep(0.02)
 
     def ensure(self) -> bool:
-        """Start the server again if it died; True if it had to be."""
+        """Start the server again if it died; True if it had to be.
+
+        Raises:
+            Unavailable: it keeps dying.
+        """
         word = self._ask("start")
         if word is None:
             # without its guard the server has been told to end; the new guard waits for that
@@ -68,6 +79,8 @@ class EmbeddedServer:
             word = self._ask("start")
         if word is None:
             raise self._unusable(self.last_words())
+        if word == "started":
+            self._count_start()
         return word == "started"
 
     def last_words(self) -> str:
@@ -98,6 +111,13 @@ class EmbeddedServer:
             raise self._unusable(rest)
         self.server_pid = int(rest)
         return word
+
+    def _count_start(self) -> None:
+        now = time.monotonic()
+        quick = now - self._started < QUICK_DEATH_SECONDS
+        self._started, self._quick_deaths = now, self._quick_deaths + 1 if quick else 0
+        if self._quick_deaths >= RESTARTS:
+            raise self._unusable(self.last_words())
 
     def _unusable(self, reason: str) -> Unavailable:
         return Unavailable(f"the embedded Valkey server in {self._directory} does not start: {reason}")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,8 @@ class Child:
     def kill(self) -> None:
         """End it and whatever it started, without asking."""
         if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self, deadline: float) -> None:
         """Wait until the deadline (monotonic seconds), then kill."""
@@ -118,9 +120,8 @@ class Child:
         self.quick_deaths = self.quick_deaths + 1 if quick else 0
         if self.quick_deaths >= RESTARTS:
             raise PenstockError(f"{self.name} keeps dying (see {self.log}): {self.last_words()}")
-        LOGGER.warning(
-            "%s ended with %s (%s); starting it again", self.name, describe_exit(code), self.last_words()
-        )
+        words = f": {self.last_words()}" if code > 0 else ""
+        LOGGER.warning("%s ended with %s%s; starting it again", self.name, describe_exit(code), words)
         pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**self.quick_deaths)
         self.start_at = time.monotonic() + pause
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from penstock.common.errors import PenstockError
+from penstock.common.process import follow_supervisor
 
 WORKDIR = click.option("--workdir", help="Directory for everything; overrides the config's.")
 CONFIG = click.argument("config")
@@ -154,18 +155,37 @@ def inspect(url: str | None, model: str | None) -> None:
 @cli.command()
 @click.argument("url")
 def verify(url: str) -> None:
-    """Check a dataset, corpus or run against its checksums; exit code 1 if anything is wrong."""
-    from penstock.deploy.look import verify as check
+    """Check a dataset, corpus or run; says what `repair` would do. Exit code 1 if anything is wrong."""
+    from penstock.deploy.heal import faults
 
-    faults: list[str] = []
+    checked = 0
 
-    def on_fault(fault: str) -> None:
-        faults.append(fault)
-        click.echo(fault)
+    def count() -> None:
+        nonlocal checked
+        checked += 1
+        if checked % 1000 == 0:
+            click.echo(f"{checked} checked", err=True)
 
-    what = check(url, on_fault)
-    click.echo(f"{what}: {len(faults)} faults" if faults else f"{what}: no faults")
-    sys.exit(1 if faults else 0)
+    what, found = faults(url, count)
+    wrong = 0
+    for fault in found:
+        wrong += 1
+        click.echo(str(fault))
+    click.echo(f"{what}: {wrong} faults" if wrong else f"{what}: no faults")
+    sys.exit(1 if wrong else 0)
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
+def repair(config: str, workdir: str | None) -> None:
+    """Put right what is damaged in the config's corpus, dataset and runs."""
+    from penstock.deploy.heal import Repair
+
+    healer = Repair(_load(config, workdir), click.echo)
+    healer.everything()
+    click.echo(f"{healer.left} faults are left" if healer.left else "everything is whole")
+    sys.exit(1 if healer.left else 0)
 
 
 @cli.command()
@@ -221,6 +241,7 @@ def config(path: str | None, schema: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line per error, exit code 2 for what the user can change."""
+    follow_supervisor()
     try:
         cli.main(args=arguments, prog_name="penstock", standalone_mode=False)
     except click.ClickException as error:

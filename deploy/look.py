@@ -1,6 +1,6 @@
 """`status`, `inspect` and `verify`: looking without touching."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from penstock.common.errors import DataError, ObjectMissing, PenstockError, User
 from penstock.common.redis import Client, RedisSettings, connect
 from penstock.deploy.config import Config
 from penstock.deploy.state import embedded_redis_url, read_state
-from penstock.store.layout import MANIFEST
+from penstock.store.layout import MANIFEST, copy_key
 from penstock.store.objects import ObjectStore, open_store
 
 
@@ -78,16 +78,22 @@ def status_lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def kind_of(store: ObjectStore) -> str:
-    """`dataset`, `corpus` or `run`.
+    """`dataset`, `corpus` or `run`, as far as its record or the copy of it can tell.
 
     Raises:
         UserError: none of them.
     """
-    if store.exists("config.json"):
+    if store.exists("config.json") or store.exists("config.copy"):
         return "run"
-    if store.exists(MANIFEST):
-        return "corpus" if "blocks" in store.get_record(MANIFEST) else "dataset"
-    raise UserError(f"{store.url} is neither a dataset, a corpus nor a run; check the URL")
+    fault: DataError | None = None
+    for key in (MANIFEST, copy_key(MANIFEST)):
+        try:
+            return "corpus" if "blocks" in store.get_record(key) else "dataset"
+        except ObjectMissing:
+            continue
+        except DataError as error:
+            fault = error
+    raise fault or UserError(f"{store.url} is neither a dataset, a corpus nor a run; check the URL")
 
 
 def describe(url: str) -> Iterator[str]:
@@ -153,45 +159,3 @@ def hook_points(model: str) -> Iterator[str]:
 
     settings = ModelSettings(name=model)
     yield from LanguageModel(find_model(settings), settings).hook_names()
-
-
-def verify(url: str, on_fault: Callable[[str], None]) -> str:
-    """Check all objects at a URL; returns a line that says what was checked."""
-    store = open_store(url)
-    kind = kind_of(store)
-    if kind == "corpus":
-        from penstock.store.corpus import open_corpus
-
-        corpus = open_corpus(url)
-        return f"corpus {store.url}: {corpus.verify(on_fault)} blocks"
-    if kind == "dataset":
-        from penstock.store.dataset import open_dataset
-
-        dataset = open_dataset(url)
-        checked = sum(1 for _ in dataset.verify(on_fault))
-        return f"dataset {store.url}: {checked} of {dataset.n_chunks} chunks"
-    return _verify_run(url, on_fault)
-
-
-def _verify_run(url: str, on_fault: Callable[[str], None]) -> str:
-    from penstock.store.heads import CHECKPOINTS_KEPT, chain, newest_head
-    from penstock.trainer.config import load_run_config
-    from penstock.trainer.lineage import load_checkpoint
-    from penstock.trainer.load import split_run_url
-
-    runs, run_id = split_run_url(url)
-    load_run_config(runs, run_id)
-    heads = chain(runs, run_id, newest_head(runs, run_id))
-    kept: list[str] = []
-    for head in heads:
-        try:
-            if head.history:
-                runs.get_record(f"{run_id}/{head.history}")
-            folder = head.checkpoint_folder
-            # older checkpoints were collected on purpose
-            if folder and folder not in kept and len(kept) < CHECKPOINTS_KEPT:
-                kept.append(folder)
-                load_checkpoint(runs, run_id, head)
-        except DataError as error:
-            on_fault(str(error))
-    return f"run {runs.url}/{run_id}: {len(heads)} heads"

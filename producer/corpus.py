@@ -31,6 +31,7 @@ from penstock.store.corpus import (
     TRAIN,
     Corpus,
     PackedText,
+    mend_corpus,
     open_corpus,
     write_corpus,
 )
@@ -103,6 +104,23 @@ def ensure_corpus(settings: CorpusSettings, tokenizer: LoadedTokenizer, progress
         names, splits = _pack_splits(settings, tokenizer, progress)
         write_corpus(store, plan, splits, names)
         return open_corpus(settings.url)
+    _check_plan(settings, corpus, plan)
+    return corpus
+
+
+def repack_corpus(settings: CorpusSettings, tokenizer: LoadedTokenizer, progress: Progress) -> int:
+    """Make a damaged corpus whole again from its text; returns how many objects were written.
+
+    Raises:
+        PlanMismatch: settings or text are not those that it was made with.
+    """
+    corpus = open_corpus(settings.url)
+    _check_plan(settings, corpus, _plan(settings, tokenizer))
+    names, splits = _pack_splits(settings, tokenizer, progress)
+    return mend_corpus(corpus, splits, names)
+
+
+def _check_plan(settings: CorpusSettings, corpus: Corpus, plan: dict[str, object]) -> None:
     there = corpus.manifest.model_dump()
     for field, value in plan.items():
         if there[field] != value:
@@ -110,7 +128,6 @@ def ensure_corpus(settings: CorpusSettings, tokenizer: LoadedTokenizer, progress
                 f"{settings.url} holds another corpus: {field} is {there[field]} there and {value} here; "
                 "choose another corpus.url"
             )
-    return corpus
 
 
 def _plan(settings: CorpusSettings, tokenizer: LoadedTokenizer) -> dict[str, object]:

@@ -9,14 +9,14 @@
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from penstock.common.errors import DamagedObject, DataError, PlanMismatch
+from penstock.common.errors import DamagedObject, ObjectMissing, PlanMismatch
 from penstock.store.arrays import (
     ArraySpec,
     create_arrays,
@@ -105,34 +105,19 @@ class Corpus:
             raise DamagedObject(f"{self.store.url}/{DOCUMENTS} is damaged: build the corpus again")
         return list(decode_record(data, DOCUMENTS)["paths"])
 
-    def verify(self, on_fault: Callable[[str], None]) -> int:
-        """Check every block and the documents' names; returns how many blocks there are."""
-        checked = 0
-        try:
-            self.documents()
-        except DataError as error:
-            on_fault(str(error))
-        for spec in _arrays(self.manifest):
-            for block in range(len(self.manifest.blocks[spec.path])):
-                try:
-                    self._block(spec, block)
-                except DataError as error:
-                    on_fault(str(error))
-                checked += 1
-        return checked
-
     def _read(self, split: str, name: str, start: int, stop: int) -> npt.NDArray[np.int32]:
         if not 0 <= start <= stop <= self.n_sequences(split):
             raise ValueError(f"sequences {start}…{stop} of {self.n_sequences(split)} {split} ones")
-        spec = next(s for s in _arrays(self.manifest) if s.path == f"{split}/{name}")
+        spec = next(s for s in corpus_arrays(self.manifest) if s.path == f"{split}/{name}")
         size = self.manifest.block_sequences
         parts = []
         for block in range(start // size, -(-stop // size)):
-            rows = self._block(spec, block)
+            rows = self.block(spec, block)
             parts.append(rows[max(0, start - block * size) : stop - block * size])
         return np.concatenate(parts) if parts else np.zeros((0, *spec.shape[1:]), np.int32)
 
-    def _block(self, spec: ArraySpec, block: int) -> npt.NDArray[np.int32]:
+    def block(self, spec: ArraySpec, block: int) -> npt.NDArray[np.int32]:
+        """One stored block of an array, checked against the manifest."""
         key = spec.key(CORPUS_ARRAYS, block)
         data = self.store.get(key)
         name = f"{self.store.url}/{key}"
@@ -157,7 +142,7 @@ def open_corpus(url: str) -> Corpus:
     except ValidationError as error:
         raise DamagedObject(f"{store.url}/{MANIFEST} is not a corpus manifest") from error
     size = manifest.block_sequences
-    planned = {spec.path: -(-spec.shape[0] // size) for spec in _arrays(manifest)}
+    planned = {spec.path: -(-spec.shape[0] // size) for spec in corpus_arrays(manifest)}
     if {path: len(checksums) for path, checksums in manifest.blocks.items()} != planned:
         raise DamagedObject(
             f"{store.url}/{MANIFEST} is not a corpus manifest: its blocks are not its arrays'"
@@ -181,24 +166,16 @@ def write_corpus(
     Raises:
         PlanMismatch: the URL holds another corpus.
     """
-    blocks: dict[str, list[int]] = {}
-    names = encode_record({"format_version": FORMAT_VERSION, "paths": documents})
-    payloads: list[tuple[str, bytes]] = [(DOCUMENTS, names)]
-    specs = []
-    content = hashlib.sha256()
+    specs, blocks, content = [], {}, hashlib.sha256()
+    payloads = dict(_payloads(splits, documents))
     for split, packed in splits.items():
         for name in ("tokens", "document", "special"):
-            array = getattr(packed, name)
-            spec = _array(f"{split}/{name}", array.shape, BLOCK_SEQUENCES)
+            spec = _array(f"{split}/{name}", getattr(packed, name).shape, BLOCK_SEQUENCES)
             specs.append(spec)
-            blocks[spec.path] = []
-            for start in range(0, len(array), BLOCK_SEQUENCES):
-                block = np.zeros(spec.chunk_shape, np.int32)
-                part = array[start : start + BLOCK_SEQUENCES]
-                block[: len(part)] = part
-                data = encode_payload(block)
-                payloads.append((spec.key(CORPUS_ARRAYS, start // BLOCK_SEQUENCES), data))
-                blocks[spec.path].append(payload_checksum(data))
+            n_blocks = -(-spec.shape[0] // BLOCK_SEQUENCES)
+            stored = [payloads[spec.key(CORPUS_ARRAYS, block)] for block in range(n_blocks)]
+            blocks[spec.path] = [payload_checksum(data) for data in stored]
+            for data in stored:
                 content.update(data)
     manifest = CorpusManifest.model_validate(
         plan
@@ -210,11 +187,11 @@ def write_corpus(
             "block_sequences": BLOCK_SEQUENCES,
             "blocks": blocks,
             "content_sha256": content.hexdigest(),
-            "documents_crc32c": crc32c(names),
+            "documents_crc32c": crc32c(payloads[DOCUMENTS]),
         }
     )
     create_arrays(store, CORPUS_ARRAYS, specs)
-    for key, data in payloads:
+    for key, data in payloads.items():
         if not store.create(key, data) and store.get(key) != data:
             raise PlanMismatch(
                 f"{store.url} holds parts of another corpus ({key}); remove it or choose another url"
@@ -229,6 +206,47 @@ def write_corpus(
     return manifest
 
 
+def mend_corpus(corpus: Corpus, splits: dict[str, PackedText], documents: list[str]) -> int:
+    """Make a corpus whole again from its text, packed anew; returns how many objects were written.
+
+    Raises:
+        PlanMismatch: the text is not the one that the corpus was made of; nothing was written.
+    """
+    store, wanted = corpus.store, dict(_payloads(splits, documents))
+    for spec in corpus_arrays(corpus.manifest):
+        for block, checksum in enumerate(corpus.manifest.blocks[spec.path]):
+            data = wanted.get(spec.key(CORPUS_ARRAYS, block))
+            if data is None or payload_checksum(data) != checksum:
+                raise PlanMismatch(f"{store.url}: the text is not the one that this corpus was made of")
+    if crc32c(wanted[DOCUMENTS]) != corpus.manifest.documents_crc32c:
+        raise PlanMismatch(f"{store.url}: the documents are not those that this corpus was made of")
+    broken = [key for key, data in wanted.items() if _stored(store, key) != data]
+    for key in broken:
+        store.put(key, wanted[key])
+    return len(broken)
+
+
+def _stored(store: ObjectStore, key: str) -> bytes | None:
+    try:
+        return store.get(key)
+    except ObjectMissing:
+        return None
+
+
+def _payloads(splits: dict[str, PackedText], documents: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Key -> bytes of every object of a corpus but the manifest and the Zarr metadata."""
+    yield DOCUMENTS, encode_record({"format_version": FORMAT_VERSION, "paths": documents})
+    for split, packed in splits.items():
+        for name in ("tokens", "document", "special"):
+            array = getattr(packed, name)
+            spec = _array(f"{split}/{name}", array.shape, BLOCK_SEQUENCES)
+            for start in range(0, len(array), BLOCK_SEQUENCES):
+                block = np.zeros(spec.chunk_shape, np.int32)
+                part = array[start : start + BLOCK_SEQUENCES]
+                block[: len(part)] = part
+                yield spec.key(CORPUS_ARRAYS, start // BLOCK_SEQUENCES), encode_payload(block)
+
+
 def _array(path: str, shape: tuple[int, ...], block_sequences: int) -> ArraySpec:
     names = ("sequence", "position") if len(shape) == 2 else ("sequence",)
     split = path.split("/")[0]
@@ -236,7 +254,8 @@ def _array(path: str, shape: tuple[int, ...], block_sequences: int) -> ArraySpec
     return ArraySpec(path, shape, block_sequences, np.dtype(np.int32), dimension_names)
 
 
-def _arrays(manifest: CorpusManifest) -> list[ArraySpec]:
+def corpus_arrays(manifest: CorpusManifest) -> list[ArraySpec]:
+    """All arrays of a corpus."""
     counts = {TRAIN: manifest.n_sequences, HELD_OUT: manifest.n_held_out}
     size = manifest.block_sequences
     specs = []
