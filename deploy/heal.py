@@ -47,10 +47,10 @@ def _dataset(store: ObjectStore, on_checked: Callable[[], None]) -> Iterator[Fau
 
 
 def _run(store: ObjectStore, on_checked: Callable[[], None]) -> Iterator[Fault]:
-    from penstock.trainer.load import split_run_url
     from penstock.trainer.verify import run_faults
 
-    for fault in run_faults(*split_run_url(store.url)):
+    base, _, run_id = store.url.rpartition("/")
+    for fault in run_faults(open_store(base), run_id):
         yield fault
         on_checked()
 
