@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from penstock.common.errors import PenstockError
+from penstock.common.errors import DataError, PenstockError
 from penstock.common.process import follow_supervisor
 
 WORKDIR = click.option("--workdir", help="Directory for everything; overrides the config's.")
@@ -250,7 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         sys.exit(130)
     except PenstockError as error:
-        click.echo(f"error: {error}", err=True)
+        hint = "; `penstock repair CONFIG` may put it right" if isinstance(error, DataError) else ""
+        click.echo(f"error: {error}{hint}", err=True)
         sys.exit(error.exit_code)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.common.embedded import EmbeddedServer
+from penstock.common.embedded import RESTARTS, EmbeddedServer
 from penstock.common.errors import Unavailable
 from penstock.common.guard import SOCKET_NAME, remove
 from penstock.common.redis import RedisSettings, connect
@@ -82,6 +82,15 @@ def test_a_killed_guard_takes_the_server_along_and_both_are_started_again(server
     client.close()
 
 
+def test_a_server_that_dies_again_and_again_is_given_up(server: EmbeddedServer) -> None:
+    for _ in range(RESTARTS - 1):
+        kill_server(server)
+        assert server.ensure()
+    kill_server(server)
+    with pytest.raises(Unavailable, match="does not start: "):
+        server.ensure()
+
+
 def test_close_leaves_no_process_and_no_socket(tmp_path: Path) -> None:
     server = EmbeddedServer(tmp_path)
     server.wait_until_ready()
@@ -111,7 +120,7 @@ def test_a_guard_that_is_told_to_end_cleans_up(tmp_path: Path, sent: signal.Sign
 OWNER = """
 import sys, time
 from pathlib import Path
-from penstock.common.embedded import EmbeddedServer
+from penstock.common.embedded import RESTARTS, EmbeddedServer
 server = EmbeddedServer(Path(sys.argv[1]))
 server.wait_until_ready()
 print(server.server_pid, server.socket, flush=True)
