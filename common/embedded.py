@@ -117,10 +117,10 @@ class EmbeddedServer:
         quick = now - self._started < QUICK_DEATH_SECONDS
         self._started, self._quick_deaths = now, self._quick_deaths + 1 if quick else 0
         if self._quick_deaths >= RESTARTS:
-            raise self._unusable(self.last_words())
+            raise self._unusable(self.last_words(), "keeps dying")
 
-    def _unusable(self, reason: str) -> Unavailable:
-        return Unavailable(f"the embedded Valkey server in {self._directory} does not start: {reason}")
+    def _unusable(self, reason: str, what: str = "does not start") -> Unavailable:
+        return Unavailable(f"the embedded Valkey server in {self._directory} {what}: {reason}")
 
     def _leave_guard(self) -> None:
         assert self._guard.stdin is not None
