@@ -62,14 +62,14 @@ def _follow(seconds: float) -> None:
     os._exit(1)
 
 
-def try_lock(file: int, shared: bool = False) -> bool:
+def try_lock(file: int) -> bool:
     """Lock an open file for this process and those that inherit it; False if others hold the lock.
 
     The system takes the lock away when the last holder ends, however it ends. True on file systems
     without locks: there, nothing keeps a second process out.
     """
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

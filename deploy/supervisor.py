@@ -36,7 +36,7 @@ DONE_FILE = "done.json"
 LOCK_FILE = "lock"
 """Locked by the supervisor of a work directory; holds its process id."""
 CREW_FILE = "logs/lock"
-"""Locked by the children of a work directory together."""
+"""Locked by the children of a work directory together, where their ports are configured."""
 POLL_SECONDS = 0.5
 REPAIR_SECONDS = 2.0
 """Pause between questions whether something is to be repaired."""
@@ -252,10 +252,9 @@ def _crew(config: Config, stop: threading.Event) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         deadline = time.monotonic() + STOP_SECONDS
-        while config.metrics.port > 0 and not try_lock(file.fileno()) and time.monotonic() < deadline:
-            if stop.wait(0.1):
+        while config.metrics.port > 0 and not try_lock(file.fileno()):
+            if stop.wait(0.1) or time.monotonic() > deadline:
                 break
-        try_lock(file.fileno(), shared=True)
         yield file.fileno()
 
 

@@ -7,13 +7,14 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import redis
 
 from penstock.common import metrics
+from penstock.common.errors import DataError
 from penstock.common.logs import LOGGER
 from penstock.common.redis import Client
 from penstock.producer.work import Task, Work
 from penstock.store.dataset import Chunk, DatasetWriter
 from penstock.store.layout import FORMAT_VERSION, commit_key, quarantine_key
 from penstock.store.queue import registered_feeds
-from penstock.store.retention import delete_chunk, newest_floor
+from penstock.store.retention import delete_chunk
 
 MISMATCHES = 3
 """Recomputations that are not what was committed, all by one producer, before a chunk is quarantined."""
@@ -82,15 +83,18 @@ class Sink:
             metrics.chunks_committed.inc()
             metrics.producer_rows.inc(commit.rows)
             self._on_commit(task.index, commit.rows)
-        elif self._writer.manifest.retention == "window":
-            self._clean_up(task.index)
+        self._clean_up(task.index)
         self._committed.add(task.index)
         self._tell(task)
 
     def _clean_up(self, index: int) -> None:
         """So slow that the chunk was made, read and deleted meanwhile: take our objects away again."""
-        if index < newest_floor(self._writer.store)[1]:
-            delete_chunk(self._writer.store, self._writer.specs, index)
+        try:
+            if not self._work.retention.is_needed(index):
+                delete_chunk(self._writer.store, self._writer.specs, index)
+        except DataError as error:
+            # nobody knows what a damaged reader still needs
+            LOGGER.error("chunk %d is not deleted: %s", index, error)
 
     def _mend(self, task: Task, chunk: Chunk) -> None:
         index = task.index
@@ -98,6 +102,7 @@ class Sink:
             LOGGER.info("chunk %d is whole again", index)
             metrics.chunks_repaired.inc()
             self._mismatches.pop(index, None)
+            self._clean_up(index)
         else:
             self._mismatches[index] = self._mismatches.get(index, 0) + 1
             LOGGER.error("chunk %d was made again and is not what was committed", index)

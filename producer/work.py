@@ -59,6 +59,7 @@ class Work:
         self._queues = {False: queue, True: repairs}
         self._writer = writer
         self._beat = beat
+        self._handing = threading.Lock()
         self._reconciled = -RECONCILE_SECONDS
         self._answered = time.monotonic()
         self._reminded = -REMIND_SECONDS
@@ -68,7 +69,7 @@ class Work:
         while not stop.is_set():
             try:
                 complete = self._reconcile()
-                task = self._claim()
+                task, idle = self._take()
                 self._answered = time.monotonic()
                 self._beat()
             except redis.RedisError as error:
@@ -76,9 +77,8 @@ class Work:
                 self._wait(stop, 1.0, "redis")
                 continue
             if task is not None:
-                self.held.add(task)
                 return task
-            if complete and not self.held:
+            if complete and idle:
                 return None
             if self.retention.limit < self._writer.manifest.n_chunks:
                 self._remind()
@@ -101,13 +101,22 @@ class Work:
 
     def give_back(self, task: Task) -> None:
         """Let a chunk be claimed again, at once."""
-        self.held.discard(task)
-        self._queues[task.repair].release(task.index)
+        with self._handing:
+            self.held.discard(task)
+            self._queues[task.repair].release(task.index)
 
     def release(self) -> None:
         """Give everything back."""
         for task in list(self.held):
             self.give_back(task)
+
+    def _take(self) -> tuple[Task | None, bool]:
+        """Claim a chunk, and say whether none is held: what is given back meanwhile is not overlooked."""
+        with self._handing:
+            task = self._claim()
+            if task is not None:
+                self.held.add(task)
+            return task, not self.held
 
     def _claim(self) -> Task | None:
         n_chunks = self._writer.manifest.n_chunks

@@ -8,6 +8,7 @@ kills.
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class LocalStore(ObjectStore):
                     f"{final.parent}: this file system has no hard links, which exclusive create "
                     f"needs ({error.strerror}); use another directory"
                 ) from error
-            raise StoreError(f"{final}: {error.strerror}") from error
+            raise StoreError(f"{final}: {self._why(error, len(data))}") from error
         finally:
             temporary.unlink(missing_ok=True)
         _sync_directory(final.parent)
@@ -60,7 +61,7 @@ class LocalStore(ObjectStore):
             os.replace(temporary, final)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StoreError(f"{final}: cannot be written: {error.strerror}") from error
+            raise StoreError(f"{final}: cannot be written: {self._why(error, len(data))}") from error
         _sync_directory(final.parent)
 
     def get(self, key: str) -> bytes:
@@ -138,8 +139,19 @@ class LocalStore(ObjectStore):
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise StoreError(f"{final}: cannot be written: {error.strerror}") from error
+            raise StoreError(f"{final}: cannot be written: {self._why(error, len(data))}") from error
         return temporary
+
+    def _why(self, error: OSError, size: int) -> str:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return error.strerror or str(error)
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.root).free
+            return (
+                f"{error.strerror}: {size:,} bytes do not fit, {free:,} are free at {self.root}; make space "
+                "and start again, nothing is lost"
+            )
+        return str(error.strerror)
 
 
 def _open_new(path: Path) -> BinaryIO:

@@ -5,6 +5,7 @@ Datasets, commits and heads are built on nothing else. Keys are relative POSIX p
 store's URL.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -90,10 +91,19 @@ class ObjectStore(ABC):
 
         The copy comes first and decides between writers, so that no record is ever without one. Whoever
         finds a copy whose record is missing completes it: its writer died in between, or it was lost.
+        Whoever finds a record that lost its copy gives it back, unless the record is damaged itself.
+
+        Returns:
+            Whether the record that is there now is this one.
         """
         data = encode_record(record)
         if self.exists(key):
-            return self.get(key) == data
+            there = self.get(key)
+            if not self.exists(copy_key(key)):
+                with contextlib.suppress(DamagedObject):
+                    decode_record(there, f"{self.url}/{key}")
+                    self.create(copy_key(key), there)
+            return there == data
         if not self.create(copy_key(key), data):
             first = self.get(copy_key(key))
             decode_record(first, f"{self.url}/{copy_key(key)}")

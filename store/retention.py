@@ -153,6 +153,7 @@ class Retention:
         self._detach_after = detach_after
         self._open_runs = open_runs
         self._runs: dict[str, ObjectStore] = {}
+        self._unneeded = 0
         self._deleted_to = 0
         self._slowest = ""
 
@@ -176,8 +177,9 @@ class Retention:
         """
         if self._budget is None:
             return
-        needed = self._needed()
+        # the floor before the readers: another deleter may raise it between a look at them and one at it
         n, self.floor = newest_floor(self._store)
+        needed = self._needed()
         target = min(needed.values(), default=self.floor)
         if target > self.floor:
             # the floor first, then the readers again: whoever registers in between is seen or sees it
@@ -185,26 +187,42 @@ class Retention:
             self._store.create_guarded(floor_key(n + 1), record)
             _, self.floor = newest_floor(self._store)
             needed = self._needed()
-        self._delete_below(min([self.floor, *needed.values()]))
+        self._unneeded = min([self.floor, *needed.values()])
+        self._delete_below(self._unneeded)
         slowest = min(needed, key=lambda run: needed[run], default="")
         self._slowest = f"run {slowest}, which still needs chunk {needed[slowest]}" if slowest else ""
 
     def is_deleted(self, index: int) -> bool:
-        """Whether a chunk lies behind the floor, so that nobody needs it any more."""
-        return self._budget is not None and index < self.floor
+        """Whether a chunk was deleted when last looked: it lies behind the floor and all readers.
+
+        Behind the floor alone does not do: who registers while it is raised begins at the one before.
+        """
+        return index < self._unneeded
+
+    def is_needed(self, index: int) -> bool:
+        """Whether anybody may still read a chunk, asked of the store now.
+
+        Raises:
+            UserError, DamagedObject: as `advance`.
+        """
+        if self._budget is None:
+            return True
+        _, floor = newest_floor(self._store)
+        return index >= floor or index >= min([floor, *self._needed().values()])
 
     def _needed(self) -> dict[str, int]:
         """Run -> lowest position that it may still read, of all readers that have not ended."""
         found = {}
         for reader in readers(self._store):
+            position = self._position(reader)
+            if position is None or self._expired(reader):
+                continue
             if self._budget is not None and reader.needs > self._budget:
                 raise UserError(
                     f"dataset.budget_bytes: holds {self._budget} chunks, but run {reader.run} needs "
                     f"{reader.needs} at once; raise it, or detach the run"
                 )
-            position = self._position(reader)
-            if position is not None and not self._expired(reader):
-                found[reader.run] = position
+            found[reader.run] = position
         return found
 
     def _position(self, reader: Reader) -> int | None:

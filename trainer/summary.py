@@ -117,12 +117,14 @@ def _sae(config: RunConfig, head: Head, name: str, evaluation: dict[str, Any]) -
 
 def _production(dataset: Dataset) -> list[tuple[float, int]]:
     """(time, rows committed so far) of each commit, from provenance records, oldest first."""
-    times = {}
+    times: dict[int, float] = {}
     for key, _ in dataset.store.list("provenance/"):
-        record = dataset.store.get_record(key)
-        times[record["index"]] = (record["time"], record["worker"])
+        if key.endswith(".json"):
+            record = dataset.store.get_record(key)
+            index, when = record["index"], record["time"]
+            times[index] = min(when, times.get(index, when))
     total, points = 0, []
-    for index, (when, _) in sorted(times.items(), key=lambda item: item[1][0]):
+    for index, when in sorted(times.items(), key=lambda item: item[1]):
         total += dataset.manifest.rows[index]
         points.append((when, total))
     return points

@@ -114,16 +114,8 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     with open(tmp_path / "lock", "ab") as ours, open(tmp_path / "lock", "ab") as theirs:
         assert try_lock(ours.fileno())
         assert not try_lock(theirs.fileno())
-        assert not try_lock(theirs.fileno(), shared=True)
         ours.close()
         assert try_lock(theirs.fileno())
-
-
-def test_a_shared_lock_has_several(tmp_path: Path) -> None:
-    with open(tmp_path / "lock", "ab") as ours, open(tmp_path / "lock", "ab") as theirs:
-        assert try_lock(ours.fileno(), shared=True)
-        assert try_lock(theirs.fileno(), shared=True)
-        assert not try_lock(ours.fileno())
 
 
 def test_who_inherits_a_lock_holds_it_until_it_ends(tmp_path: Path) -> None:

@@ -304,6 +304,20 @@ def test_a_refused_command_is_not_tried_again(server: EmbeddedServer) -> None:
     client.close()
 
 
+def test_a_call_inside_a_call_is_not_tried_again_by_itself() -> None:
+    policy = PolicyRetry(Bounds(attempts=3, longest_pause=0.0))
+    calls = itertools.count(1)
+
+    def do() -> None:
+        raise redis.ConnectionError(f"call {next(calls)}")
+
+    def connect_and_do() -> None:
+        policy.call_with_retry(do, lambda error: None)
+
+    with pytest.raises(redis.ConnectionError, match=r"^call 3$"):
+        policy.call_with_retry(connect_and_do, lambda error: None)
+
+
 @pytest.mark.parametrize("counted", [False, True])
 def test_every_failure_is_handed_to_the_library(counted: bool) -> None:
     policy = PolicyRetry(Bounds(attempts=3, longest_pause=0.0))

@@ -10,6 +10,7 @@ from penstock.common.errors import DamagedObject, ObjectMissing
 from penstock.store.objects import MAX_CREATE_BYTES, ObjectStore
 
 KEY = "commits/0/1.json"
+COPY = "commits/0/1.copy"
 
 
 class ObjectStoreContract(ABC):
@@ -127,6 +128,67 @@ class ObjectStoreContract(ABC):
         store.create_same(KEY, b"x")
         with pytest.raises(DamagedObject, match=KEY):
             store.create_same(KEY, b"y")
+
+    def test_the_first_writer_of_a_guarded_record_decides(self, store: ObjectStore) -> None:
+        assert store.create_guarded(KEY, {"rows": 7}) is True
+        assert store.create_guarded(KEY, {"rows": 8}) is False
+        assert store.get_record(KEY) == {"rows": 7}
+        assert store.get(COPY) == store.get(KEY)
+
+    def test_repeating_ones_own_guarded_create_is_no_failure(self, store: ObjectStore) -> None:
+        """A reply can be lost, and the caller cannot know whether its record landed."""
+        for _ in range(3):
+            assert store.create_guarded(KEY, {"rows": 7}) is True
+        store.delete(KEY)
+        assert store.create_guarded(KEY, {"rows": 7}) is True
+        assert store.get(COPY) == store.get(KEY)
+
+    def test_a_copy_without_its_record_is_completed(self, store: ObjectStore) -> None:
+        """Its writer died in between: it was first all the same."""
+        assert store.create_record(COPY, {"rows": 7})
+        assert store.create_guarded(KEY, {"rows": 8}) is False
+        assert store.get_record(KEY) == {"rows": 7}
+        assert store.get(COPY) == store.get(KEY)
+
+    def test_a_damaged_copy_is_never_made_the_record(self, store: ObjectStore) -> None:
+        store.create_record(COPY, {"rows": 7})
+        store.put(COPY, store.get(COPY).replace(b"7", b"8"))
+        with pytest.raises(DamagedObject, match=r"1\.copy"):
+            store.create_guarded(KEY, {"rows": 9})
+        assert not store.exists(KEY)
+
+    def test_a_record_without_its_copy_gets_it_back(self, store: ObjectStore) -> None:
+        store.create_guarded(KEY, {"rows": 7})
+        for again, ours in (({"rows": 8}, False), ({"rows": 7}, True)):
+            store.delete(COPY)
+            assert store.create_guarded(KEY, again) is ours
+            assert store.get_record(COPY) == store.get_record(KEY) == {"rows": 7}
+
+    def test_a_damaged_record_is_not_copied(self, store: ObjectStore) -> None:
+        store.create(KEY, b"nothing")
+        assert store.create_guarded(KEY, {"rows": 7}) is False
+        assert not store.exists(COPY)
+
+    def test_a_guarded_put_replaces_both(self, store: ObjectStore) -> None:
+        for rows in (7, 8):
+            store.put_guarded(KEY, {"rows": rows})
+            assert store.get_record(KEY) == store.get_record(COPY) == {"rows": rows}
+
+    def test_a_race_for_a_guarded_record_has_one_winner(self, store: ObjectStore) -> None:
+        writers, rounds = 4, 20
+        start = threading.Barrier(writers)
+
+        def race(writer: int, key: str) -> bool:
+            start.wait()
+            return store.create_guarded(key, {"writer": writer})
+
+        with ThreadPoolExecutor(writers) as pool:
+            for number in range(rounds):
+                key = f"race/{number}.json"
+                made = list(pool.map(race, range(writers), [key] * writers))
+                assert made.count(True) == 1
+                assert store.get_record(key) == {"writer": made.index(True)}
+                assert store.get(f"race/{number}.copy") == store.get(key)
 
     def test_too_large_a_create_is_refused(self, store: ObjectStore) -> None:
         with pytest.raises(ValueError, match=KEY):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from penstock.common.redis import Client
+from penstock.producer import work
 from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.store.corpus import Corpus
 from services.lm import shipped_tokenizer, write_text
@@ -33,5 +34,6 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power is lost here."""
+    """Pauses that are right for days of work are short here, and no power is lost."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(work, "IDLE_SECONDS", 0.05)

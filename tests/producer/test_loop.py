@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from penstock.common.health import Health
 from penstock.common.heartbeat import Heartbeat
 from penstock.common.redis import Client
 from penstock.producer import work as work_module
-from penstock.producer.loop import produce
-from penstock.producer.sink import Sink
-from penstock.producer.work import Work
+from penstock.producer.work import Task
 from penstock.store.dataset import Chunk, DatasetWriter, open_dataset
-from penstock.store.manifest import Manifest
 from penstock.store.objects import open_store
 from penstock.store.queue import ChunkQueue, Feed, FeedSpec, register_feed
+from services.producing import CountingSource, Producer, run_together
 from services.synthetic import CHUNKS, SyntheticSource, make_manifest
 from services.trees import tree_digests
 from services.valkey import fresh_prefix
@@ -30,31 +27,6 @@ from services.waiting import eventually
 
 WORKERS_OWN = ("provenance",)
 """Below the dataset, but not part of it."""
-
-
-class CountingSource:
-    """A synthetic source that notes what it made and takes a moment for each chunk."""
-
-    def __init__(
-        self, manifest: Manifest, seconds: float = 0.0, on_chunk: Callable[[int], None] = lambda index: None
-    ) -> None:
-        self.made: list[int] = []
-        self._source = SyntheticSource(manifest)
-        self._seconds = seconds
-        self._on_chunk = on_chunk
-
-    def chunk(self, index: int) -> Chunk:
-        self._on_chunk(index)
-        time.sleep(self._seconds)
-        self.made.append(index)
-        return self._source.chunk(index)
-
-
-class Impatient(threading.Event):
-    """A stop event whose waits are short: pauses of the loop do not slow the tests down."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return super().wait(0.02)
 
 
 class FailingQueue(ChunkQueue):
@@ -83,60 +55,6 @@ class FailingQueue(ChunkQueue):
     def done(self, index: int) -> None:
         self._fail_once("done", index)
         super().done(index)
-
-
-class Producer:
-    """Everything one producer process consists of."""
-
-    def __init__(
-        self,
-        client: Client,
-        prefix: str,
-        url: Path,
-        name: str,
-        source: CountingSource | None = None,
-        lease_seconds: float = 20.0,
-        queue: type[ChunkQueue] = ChunkQueue,
-    ) -> None:
-        self.manifest = make_manifest()
-        self.stop = Impatient()
-        self.source = source or CountingSource(self.manifest)
-        self.writer = DatasetWriter(open_store(str(url)), self.manifest)
-        self.queue = queue(client, prefix, self.writer.store.url, self.manifest.digest, name, lease_seconds)
-        self.committed: list[int] = []
-        self.work = Work(self.queue, self.writer, lambda: None)
-        self.sink = Sink(
-            self.writer,
-            self.work,
-            client,
-            self.queue.feeds_key,
-            name,
-            lambda index, rows: self.committed.append(index),
-        )
-
-    def run(self) -> None:
-        produce(self.work, self.source, self.sink, self.stop)
-        self.writer.close()
-
-
-def run_together(producers: Iterable[Producer]) -> None:
-    failures: list[BaseException] = []
-
-    def run(producer: Producer) -> None:
-        try:
-            producer.run()
-        except BaseException as error:
-            failures.append(error)
-
-    producers = list(producers)
-    threads = [threading.Thread(target=run, args=(producer,), daemon=True) for producer in producers]
-    for producer in producers:
-        assert not producer.work._complete()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +101,7 @@ def test_a_dead_producers_chunk_is_made_after_its_lease(
     prefix, lease = fresh_prefix(), 1.0
     dead = Producer(client, prefix, tmp_path / "dataset", "dead", lease_seconds=lease)
     claimed_at = time.monotonic()
-    assert dead.work.next(dead.stop) == 0
+    assert dead.work.next(dead.stop) == Task(0)
     made_at: dict[int, float] = {}
     source = CountingSource(make_manifest(), on_chunk=lambda i: made_at.update({i: time.monotonic()}))
     living = Producer(client, prefix, tmp_path / "dataset", "living", source, lease_seconds=lease)
@@ -213,10 +131,10 @@ def test_a_slow_producers_chunk_stays_its_own_while_it_renews(client: Client, tm
 def test_a_chunk_given_back_is_made_at_once(client: Client, tmp_path: Path) -> None:
     prefix = fresh_prefix()
     leaving = Producer(client, prefix, tmp_path / "dataset", "leaving")
-    assert leaving.work.next(leaving.stop) == 0
+    assert leaving.work.next(leaving.stop) == Task(0)
     leaving.work.release()
     staying = Producer(client, prefix, tmp_path / "dataset", "staying")
-    assert staying.work.next(staying.stop) == 0
+    assert staying.work.next(staying.stop) == Task(0)
 
 
 def test_a_committed_chunk_that_the_queue_still_offers_is_not_made_again(
@@ -288,7 +206,7 @@ def test_what_goes_wrong_while_storing_reaches_the_loop(
 ) -> None:
     producer = Producer(client, fresh_prefix(), tmp_path / "dataset", "p")
 
-    def full(index: int, chunk: Chunk) -> None:
+    def full(index: int, chunk: Chunk, worker: str) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(producer.writer, "write", full)
@@ -320,16 +238,16 @@ def test_commits_are_announced_in_reading_order(client: Client, tmp_path: Path) 
         register_feed(client, slow.queue.feeds_key, f"run{number}", feed.spec)
     manifest = slow.manifest
     for index in (0, 1, 2):
-        assert slow.work.next(slow.stop) == index
+        assert slow.work.next(slow.stop) == Task(index)
     for index in (0, 1):
-        slow.sink.put(index, SyntheticSource(manifest).chunk(index))
+        slow.sink.put(Task(index), SyntheticSource(manifest).chunk(index))
     slow.sink._settle()
     other = Producer(client, prefix, url, "other")
     thread = threading.Thread(target=other.run, daemon=True)
     thread.start()
     eventually(lambda: len(other.committed) == CHUNKS - 3)
     assert [chunk for _, chunk in feeds[0].read(0, 10)] == [0, 1]
-    slow.sink.put(2, SyntheticSource(manifest).chunk(2))
+    slow.sink.put(Task(2), SyntheticSource(manifest).chunk(2))
     slow.sink.finish()
     thread.join()
     for feed in feeds:

@@ -52,6 +52,8 @@ keyring = {directory}/keyring
 [client.rgw.a]
 rgw frontends = beast endpoint=127.0.0.1:{port}
 rgw run sync thread = false
+# small pages, so that listings of several are cheap to have
+rgw max listing results = 50
 # the default, "secure", is not to be had without authentication: the gateway would hang
 ms mon client mode = crc
 """

@@ -67,8 +67,8 @@ class Bench:
         self.redis = RedisSettings(prefix=prefix, lease_seconds=lease_seconds)
         self._workers = 0
 
-    def submit(self, dataset: Dataset, **changes: Any) -> RunConfig:
-        config, _ = submit_run(self.runs, dataset, run_settings(**changes))
+    def submit(self, dataset: Dataset, budget_chunks: int | None = None, **changes: Any) -> RunConfig:
+        config, _ = submit_run(self.runs, dataset, run_settings(**changes), budget_chunks)
         return config
 
     def place(self) -> Workplace:
@@ -107,7 +107,8 @@ class Bench:
 
     def all_heads(self, config: RunConfig) -> Iterator[str]:
         """Keys of every head there is, also of those that are not in the lineage."""
-        return (key for key, _ in self.runs.list(f"{config.run_id}/heads/"))
+        keys = (key for key, _ in self.runs.list(f"{config.run_id}/heads/"))
+        return (key for key in keys if key.endswith(".json"))
 
 
 def digests(head: Head) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -21,7 +22,11 @@ ROWS = [190 + (7 * index) % 21 for index in range(CHUNKS)]
 """Rows differ from chunk to chunk, as they do where special tokens are left out."""
 
 
-def make_manifest(rows: list[int] | None = None, hooks: dict[str, int] | None = None) -> Manifest:
+def make_manifest(
+    rows: list[int] | None = None,
+    hooks: dict[str, int] | None = None,
+    retention: Literal["keep", "window"] = "keep",
+) -> Manifest:
     """The plan of a synthetic dataset."""
     rows = ROWS if rows is None else rows
     return Manifest(
@@ -55,7 +60,7 @@ def make_manifest(rows: list[int] | None = None, hooks: dict[str, int] | None = 
         rows=rows,
         seed=3,
         codec="bytes+crc32c",
-        retention="keep",
+        retention=retention,
     )
 
 

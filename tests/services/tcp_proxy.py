@@ -7,11 +7,13 @@ client does silently on a reused connection shows only there.
 
 It runs in a thread (`TcpProxy`) or as a process of its own (`TcpProxyProcess`), which is
 
-    python -m services.tcp_proxy --upstream HOST:PORT [--listen PORT] [--control PORT] [--seed S] [--chances JSON]
+    python -m services.tcp_proxy --upstream HOST:PORT [--listen PORT] [--control PORT]
+        [--seed S] [--chances JSON]
 
-Its first line of output is {"listen": PORT, "control": PORT}, and its last, after SIGTERM, the counters of the
-faults. On the control port every line is a JSON object, answered by the counters: {} only asks for them,
-{"chances": {...}} sets new ones, {"outage": SECONDS or null} starts an outage, {"restore": true} ends it.
+Its first line of output is {"listen": PORT, "control": PORT}; its last, after SIGTERM, says how often each
+fault happened. On the control port every line is a JSON object and is answered by those counters: {} only
+asks, {"chances": {...}} sets new chances, {"outage": SECONDS or null} starts an outage, {"restore": true}
+ends it.
 """
 
 import argparse
@@ -107,8 +109,8 @@ class Chances:
 
 @dataclass
 class RandomFaults(Policy):
-    """Faults drawn by chance. The draw is a function of the seed and the request (method, target, how often it
-    came), so one request meets the same faults in every run, whatever the others do meanwhile."""
+    """Faults drawn by chance. The draw is a function of the seed and the request (method, target, how often
+    it came), so one request meets the same faults in every run, whatever the others do meanwhile."""
 
     seed: int = 0
     chances: Chances = field(default_factory=Chances)
@@ -261,12 +263,11 @@ class _Proxy:
 
     async def _send_half(self, head: Head, reader: asyncio.StreamReader) -> None:
         """Give the server the first half of a request, and then the end of the connection."""
-        length = int(head.get("content-length") or 0)
-        sent = self._policy.edit(head).framed(length).encode()
-        if length > 1:
-            sent += await reader.readexactly(length // 2)
+        if length := int(head.get("content-length") or 0):
+            sent = self._policy.edit(head).framed(length).encode() + await reader.readexactly(length // 2)
         else:
-            sent = sent[: len(sent) // 2]
+            # Not more: Python's servers take half of the header fields for all of them and carry that out.
+            sent = head.first[: len(head.first) // 2].encode("latin-1")
         _, writer = await self._connect()
         try:
             writer.write(sent)

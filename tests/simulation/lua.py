@@ -41,7 +41,7 @@ redis = {
   LOG_DEBUG = 0, LOG_VERBOSE = 1, LOG_NOTICE = 2, LOG_WARNING = 3,
 }
 cjson = {decode = decode, encode = encode}
-os, io, require, python, dofile, loadfile, package, debug = nil
+os, io, require, python, dofile, loadfile, package = nil
 setmetatable(_G, {
   __index = function(_, name) error("Script attempted to access nonexistent global variable '" .. name .. "'", 2) end,
   __newindex = function(_, name) error("Attempt to modify a readonly table: global '" .. name .. "'", 2) end,

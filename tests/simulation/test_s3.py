@@ -66,13 +66,14 @@ def test_racing_creators_have_one_winner_whatever_goes_wrong() -> None:
                     return lambda: made.update({name: store.create("a", name.encode())})  # noqa: B023
 
                 for name in "abc":
-                    world.process(name).spawn(create(name))
+                    world.process(name, accepts=(Unavailable,)).spawn(create(name))
                 world.run()
-                (winner,) = (name for name, won in made.items() if won)
-                assert store.get("a") == winner.encode()
-                assert [m.new for m in s3.history] == [winner.encode()]
-                outcomes.add((winner, round(world.clock) > 0))
-    assert len(outcomes) == 6, "every one wins some, with and without pauses"
+                winners = [name for name, won in made.items() if won]
+                assert len(winners) == 1 or len(made) < 3, "one may have won and never learn of it"
+                assert [m.new for m in s3.history] == [store.get("a")]
+                assert all(store.get("a") == winner.encode() for winner in winners)
+                outcomes.add((*winners, round(world.clock) > 0))
+    assert len(outcomes) >= 6, "every one wins some, with and without pauses"
 
 
 def test_a_service_that_stays_away_is_unavailable(world: Scheduler, s3: MemoryS3) -> None:

@@ -1,16 +1,16 @@
-"""S3 for the store's tests: one moto server, a bucket and a clean AWS environment per test."""
+"""S3 for the store's tests: a server per session, a bucket and a clean AWS environment per test."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from services.ceph import CephGateway
 from services.moto import MotoServer
 from services.proxy import FaultProxy
+from services.s3_server import S3Server
 
 pytest.register_assert_rewrite("contracts.objects")
-
-SECRET = "not-to-be-seen-in-any-message"
 
 
 @pytest.fixture(scope="session")
@@ -19,19 +19,36 @@ def moto() -> Iterator[MotoServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[CephGateway]:
+    """Real S3; a test that kills it starts it again."""
+    with CephGateway() as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["moto", pytest.param("ceph", marks=pytest.mark.services)])
+def s3_server(request: pytest.FixtureRequest) -> S3Server:
+    """Each S3 server that we have, in turn."""
+    server: S3Server = request.getfixturevalue(request.param)
+    return server
+
+
 @pytest.fixture
-def aws(moto: MotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """The environment of a user of that server, and nothing of this machine's own."""
+def clean_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Nothing of this machine's own AWS settings."""
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto.url)
     return monkeypatch
+
+
+@pytest.fixture
+def aws(moto: MotoServer, clean_aws: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of a user of moto."""
+    for name, value in moto.environment().items():
+        clean_aws.setenv(name, value)
+    return clean_aws
 
 
 @pytest.fixture

@@ -261,10 +261,6 @@ def test_a_missing_object_is_missing_and_not_zeros(tmp_path: Path, manifest: Man
     with pytest.raises(ObjectMissing, match=key):
         dataset.read_chunk(1)
     dataset.read_chunk(0)
-    found: list[str] = []
-    assert list(dataset.verify(found.append)) == [0, 1]
-    assert len(found) == 1
-    assert key in found[0]
 
 
 @pytest.mark.parametrize("key", chunk_objects(1))
@@ -277,9 +273,6 @@ def test_flipped_bits_are_noticed(tmp_path: Path, manifest: Manifest, key: str) 
         (tmp_path / key).write_bytes(flipped)
         with pytest.raises(DamagedObject, match=key):
             dataset.read_chunk(1)
-    found: list[str] = []
-    assert list(dataset.verify(found.append)) == [1]
-    assert len(found) == 1
 
 
 @pytest.mark.parametrize("key", chunk_objects(1))
@@ -291,22 +284,6 @@ def test_intact_bytes_that_were_not_committed_are_refused(
     dataset.store.put(key, dataset.store.get(key.replace("/c/1", "/c/0")))
     with pytest.raises(DamagedObject, match=key):
         dataset.read_chunk(1)
-    found: list[str] = []
-    list(dataset.verify(found.append))
-    assert len(found) == 1
-
-
-def test_verify_goes_on_after_a_damaged_commit(tmp_path: Path, manifest: Manifest) -> None:
-    dataset = write(LocalStore(str(tmp_path)), manifest)
-    dataset.store.put(commit_key(1), b"{}")
-    found: list[str] = []
-    assert list(dataset.verify(found.append)) == [0, 1, 2, 3]
-    assert len(found) == 1
-    assert "commits/0/1.json" in found[0]
-
-
-def test_verify_finds_nothing_wrong_with_what_is_right(finished: Dataset) -> None:
-    assert list(finished.verify(pytest.fail)) == [0, 1, 2, 3]
 
 
 def test_the_first_writer_wins_chunk_by_chunk(

@@ -13,7 +13,7 @@ from penstock.common.errors import DamagedObject, ObjectMissing, UserError
 from penstock.store.arrays import BFLOAT16
 from penstock.store.dataset import Chunk, Dataset, DatasetWriter, open_dataset
 from penstock.store.layout import commit_key
-from penstock.store.loader import LoadedWindow, WindowLoader
+from penstock.store.loader import AsStored, LoadedWindow, WindowLoader, WindowReader
 from penstock.store.local import LocalStore
 from penstock.store.order import ReadingOrder, batch_bounds
 from services.synthetic import MLP, RESID, make_manifest
@@ -88,8 +88,24 @@ def expected(dataset: Dataset, order: ReadingOrder, batch_rows: int) -> list[lis
     return batches
 
 
-def await_nothing(position: int, chunk: int) -> None:
-    """Every chunk is there."""
+class Awaiting(AsStored):
+    """A supply that does something about each position before it lets it be read."""
+
+    def __init__(self, await_chunk: Callable[[int, int], None]) -> None:
+        self._await = await_chunk
+
+    def await_chunk(self, position: int, chunk: int) -> None:
+        self._await(position, chunk)
+
+
+def load(
+    dataset: Dataset,
+    hooks: list[str],
+    order: ReadingOrder,
+    first_window: int,
+    await_chunk: Callable[[int, int], None] = lambda position, chunk: None,
+) -> WindowLoader:
+    return WindowLoader(WindowReader(dataset, hooks, order, Awaiting(await_chunk)), first_window)
 
 
 def get(loader: WindowLoader) -> LoadedWindow:
@@ -168,12 +184,15 @@ def test_windows_go_on_from_any_of_them(dataset: Dataset) -> None:
     order = ReadingOrder(dataset.n_chunks, 2, 3, 5)
     every = expected(dataset, order, 16)
     for first in range(order.n_windows):
-        loader = WindowLoader(dataset, HOOKS, order, first, await_nothing)
+        loader = load(dataset, HOOKS, order, first)
         found: list[list[int]] = []
         for number in range(first, order.n_windows):
             loaded = get(loader)
             assert loaded.window == order.window(number)
             assert loaded.n_rows == len(loaded.acts[RESID])
+            assert loaded.chunks == tuple(
+                order.chunk_at(position) for position in range(loaded.window.start, loaded.window.stop)
+            )
             found += [row_numbers(batch) for batch in loaded.batches(16)]
         loader.close()
         assert found == every[len(every) - len(found) :]
@@ -183,7 +202,7 @@ def test_windows_go_on_from_any_of_them(dataset: Dataset) -> None:
 def test_each_position_is_awaited_before_it_is_read(dataset: Dataset) -> None:
     order = ReadingOrder(dataset.n_chunks, 2, 3, 5)
     asked: list[tuple[int, int]] = []
-    loader = WindowLoader(dataset, [RESID], order, 0, lambda *wanted: asked.append(wanted))
+    loader = load(dataset, [RESID], order, 0, lambda *wanted: asked.append(wanted))
     for _ in range(order.n_windows):
         get(loader)
     loader.close()
@@ -198,7 +217,7 @@ def test_a_chunk_that_is_awaited_holds_only_its_window_up(dataset: Dataset) -> N
         if position == 4:
             committed.wait(30)
 
-    loader = WindowLoader(dataset, [RESID], order, 0, await_chunk)
+    loader = load(dataset, [RESID], order, 0, await_chunk)
     assert get(loader).window.number == 0
     assert loader.get(timeout=0.05) is None
     committed.set()
@@ -211,7 +230,7 @@ def test_close_ends_a_wait(dataset: Dataset) -> None:
         assert loader.stop.wait(30)
         raise RuntimeError("stopped")
 
-    loader = WindowLoader(dataset, [RESID], ReadingOrder(7, 1, 3, 0), 0, await_chunk)
+    loader = load(dataset, [RESID], ReadingOrder(7, 1, 3, 0), 0, await_chunk)
     loader.close()
     assert loader_threads() == []
 
@@ -221,7 +240,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer(dataset: Dataset) -
         if position == 3:
             raise RuntimeError("no more")
 
-    loader = WindowLoader(dataset, [RESID], ReadingOrder(7, 1, 3, 0), 0, await_chunk)
+    loader = load(dataset, [RESID], ReadingOrder(7, 1, 3, 0), 0, await_chunk)
     assert get(loader).window.number == 0
     with pytest.raises(RuntimeError, match="no more"):
         loader.get(timeout=30)

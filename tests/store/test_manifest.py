@@ -69,7 +69,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def test_digest_is_golden() -> None:
-    assert manifest().digest == "ccef5cd207feaa6d976adc41eda1fa0af6d636197045639ea4454be5042a018a"
+    assert manifest().digest == "ba8d5c384b96fc8d893019d1357c2faa86d2d72ad8200e93f312275342eb8928"
 
 
 def test_equal_plans_have_equal_bytes() -> None:
@@ -86,6 +86,7 @@ def test_equal_plans_have_equal_bytes() -> None:
         ("corpus__digest", "c1"),
         ("source__weights_sha256", "bc"),
         ("hooks", [{"name": "blocks.0.hook_out", "d_in": 8}]),
+        ("retention", "window"),
     ],
 )
 def test_every_field_counts(field: str, value: Any) -> None:
@@ -112,7 +113,8 @@ def test_a_published_manifest_comes_back(store: LocalStore) -> None:
 def test_publishing_twice_is_one_dataset(store: LocalStore) -> None:
     publish_manifest(store, manifest())
     publish_manifest(store, manifest())
-    assert [key for key, _ in store.list("")] == ["manifest.json"]
+    assert sorted(key for key, _ in store.list("")) == ["manifest.copy", "manifest.json"]
+    assert store.get("manifest.copy") == manifest().encode()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,7 @@ def test_publishing_twice_is_one_dataset(store: LocalStore) -> None:
             [{"name": "blocks.0.hook_out", "d_in": 8}, {"name": "blocks.2.hook_out", "d_in": 16}],
             "hooks.1.name is blocks.1.hook_out there and blocks.2.hook_out here",
         ),
+        ("retention", "window", "retention is keep there and window here"),
         ("rows", [28, 13], "rows.1 is 14 there and 13 here"),
         ("rows", [28], "rows is 2 long: [28, 14] there and 1 long: [28] here"),
     ],

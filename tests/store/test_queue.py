@@ -382,7 +382,7 @@ def test_trimming_drops_what_is_in_a_head(feed: Feed) -> None:
 
 def test_a_feed_that_went_back_in_time_goes_on(feed: Feed) -> None:
     """Redis forgot positions 2 and up; the worker is at 4."""
-    feed.rebuild()
+    feed.rebuild(0)
     feed.add(0, 0)
     feed.add(1, 1)
     assert read(feed, 4) == []
@@ -390,15 +390,16 @@ def test_a_feed_that_went_back_in_time_goes_on(feed: Feed) -> None:
     assert read(feed, 4) == in_order(feed.spec, 4)
 
 
-def test_rebuilding_starts_again_at_the_head(client: Client, prefix: str) -> None:
+def test_rebuilding_starts_again_at_a_position(client: Client, prefix: str) -> None:
     feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, 6, 2, 2, 7))
     feed.open()
     feed.add(5, 99)  # of another order
     feed.trim(6)
-    feed.rebuild()
+    feed.rebuild(7)
     assert read(feed, 5) == []
-    assert feed.advance(lambda index: True) == 7
-    assert read(feed, 5) == in_order(feed.spec, 5)
+    assert not feed.add(6, 6 % 6), "nothing before the position"
+    assert feed.advance(lambda index: True) == 5
+    assert read(feed, 5) == in_order(feed.spec, 7)
 
 
 def test_a_deleted_feed_is_gone(feed: Feed, client: Client) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from penstock.common.embedded import EmbeddedServer
 from penstock.common.redis import Client
+from penstock.producer import work as producer_work
 from penstock.store.dataset import Dataset
 from penstock.store.objects import open_store
-from penstock.trainer import observer, supply, worker
+from penstock.trainer import mending, observer, supply, worker
 from services.runs import Bench
 from services.synthetic import write_dataset
 from services.valkey import connected, fresh_prefix, valkey_server
@@ -46,7 +47,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supply, "BLOCK_MS", 20)
     monkeypatch.setattr(worker, "IDLE_SECONDS", 0.02)
     monkeypatch.setattr(worker, "RECONCILE_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "ASIDE_SECONDS", 0.05)
+    monkeypatch.setattr(worker, "backoff_seconds", lambda barren: 0)
     monkeypatch.setattr(observer, "RECONCILE_SECONDS", 0.1)
+    monkeypatch.setattr(mending, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(producer_work, "IDLE_SECONDS", 0.05)
 
 
 @pytest.fixture(autouse=True)

@@ -149,7 +149,7 @@ class TestSubmit:
         def killed(key: str, record: object) -> bool:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(runs, "create_record", killed)
+        monkeypatch.setattr(runs, "create_guarded", killed)
         with pytest.raises(KeyboardInterrupt):
             submit_run(runs, dataset, run_settings(name="reader"))
         record = dataset.store.get_record(f"readers/{run_id}.json")

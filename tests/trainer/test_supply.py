@@ -11,11 +11,14 @@ from redis.retry import Retry
 
 from penstock.common import metrics
 from penstock.common.redis import Client
+from penstock.store.dataset import Dataset
 from penstock.store.layout import commit_key
 from penstock.store.local import LocalStore
-from penstock.store.queue import Feed, FeedSpec
+from penstock.store.queue import ChunkQueue, Feed, FeedSpec, Presence
 from penstock.trainer import supply
-from penstock.trainer.supply import Stopped, Supply
+from penstock.trainer.mending import Mender, Stopped
+from penstock.trainer.supply import Supply
+from services.synthetic import make_manifest
 from services.valkey import fresh_prefix
 
 CHUNKS, EPOCHS = 6, 2
@@ -31,7 +34,17 @@ class Desk:
         self.feed.open()
         self.stop = threading.Event()
         self.beats = 0
-        self.supply = Supply(self.feed, self.store, self.stop, self._beat)
+        self.registered = 0
+        self.supply = self.supply_of(self.feed, client)
+
+    def supply_of(self, feed: Feed, client: Client) -> Supply:
+        dataset = Dataset(self.store, make_manifest([1] * CHUNKS))
+        queue = ChunkQueue(client, fresh_prefix(), dataset.url, "digest", "trainer", 20, repairs=True)
+        mender = Mender(dataset, "run", queue, Presence(client, fresh_prefix(), "trainer"), self.stop)
+        return Supply(feed, self.store, mender, self._register, self.stop, self._beat)
+
+    def _register(self) -> None:
+        self.registered += 1
 
     def _beat(self) -> None:
         self.beats += 1
@@ -145,7 +158,7 @@ def test_without_redis_the_store_is_asked(tmp_path: Path, client: Client) -> Non
     gone: Client = redis.Redis(
         unix_socket_path=str(tmp_path / "none.sock"), protocol=2, retry=Retry(NoBackoff(), 0)
     )
-    alone = Supply(Feed(gone, desk.spec), desk.store, desk.stop, desk._beat)
+    alone = desk.supply_of(Feed(gone, desk.spec), gone)
     desk.commit(0, 1)
     alone.await_chunk(0, 0)
     alone.await_chunk(1, 1)

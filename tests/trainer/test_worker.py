@@ -20,18 +20,16 @@ from penstock.common.embedded import EmbeddedServer
 from penstock.common.errors import ConfigError, DamagedObject, Fenced, ObjectMissing, UserError
 from penstock.common.permutation import permutation
 from penstock.common.redis import Client
-from penstock.producer.loop import produce
-from penstock.producer.sink import Sink
-from penstock.producer.work import Work
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.store.dataset import Dataset, DatasetWriter
 from penstock.store.objects import open_store
-from penstock.store.queue import ChunkQueue
+from penstock.trainer import mending
 from penstock.trainer.config import RunConfig
 from penstock.trainer.group import Group
 from penstock.trainer.lineage import Lineage, load_checkpoint, load_history, take_over
 from penstock.trainer.load import load_sae
 from penstock.trainer.observer import RunObserver
 from services.command import COMMAND
+from services.producing import CountingSource, Producer
 from services.runs import Bench, digests, run_settings, standard, topk
 from services.synthetic import (
     CHUNKS,
@@ -262,26 +260,11 @@ class TestStreaming:
     ) -> None:
         dataset = write_dataset(tmp_path / "dataset", indices=[])
         config = bench.submit(dataset)
-        writer = DatasetWriter(dataset.store, dataset.manifest)
-        queue = ChunkQueue(
-            bench.client, bench.redis.prefix, dataset.url, dataset.manifest.digest, "producer", 20
-        )
-        work = Work(queue, writer, lambda: None)
-        sink = Sink(writer, work, bench.client, queue.feeds_key, "producer", lambda index, rows: None)
-        source = SyntheticSource(dataset.manifest)
-
-        class Slow:
-            def chunk(self, index: int) -> Chunk:
-                time.sleep(0.02)
-                return source.chunk(index)
-
-        producing = threading.Thread(
-            target=produce, args=(work, Slow(), sink, threading.Event()), daemon=True
-        )
-        producing.start()
+        source = CountingSource(dataset.manifest, seconds=0.02)
+        producer = Producer(bench.client, bench.redis.prefix, dataset.url, "producer", source)
+        producing = producer.start()
         bench.work()
         producing.join()
-        writer.close()
         assert digests(bench.head(config)) == reference()
 
 
@@ -571,8 +554,8 @@ class TestDiverging:
         assert last.checkpoint == good.checkpoint
         assert last.metrics == good.metrics
         assert last.reason is not None
-        assert f"loss or weights of l1 are not finite at step {before + batch} " in last.reason
-        assert "positions 9 to 11" in last.reason
+        assert f"loss or weights of l1 are not finite at step {before + batch}, " in last.reason
+        assert "in the window of chunks 9, 10, 11;" in last.reason
         weights = load_checkpoint(bench.runs, config.run_id, last)
         assert len(weights) == 4
         for name in ("l1", "topk"):
@@ -607,10 +590,13 @@ class TestRefusing:
             bench.work()
         assert len(bench.heads(config)) == 2, "it must not be taken over"
 
-    def test_a_lost_chunk_is_never_trained_on_as_zeros(self, bench: Bench, tmp_path: Path) -> None:
+    def test_a_lost_chunk_is_never_trained_on_as_zeros(
+        self, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         dataset = write_dataset(tmp_path / "dataset")
         config = bench.submit(dataset, head_interval=1)
         dataset.store.delete(f"activations.zarr/acts/{MLP}/c/7/0")
+        monkeypatch.setattr(mending, "ALONE_SECONDS", 0.05)
         with pytest.raises(ObjectMissing, match="c/7/0"):
             bench.work()
         assert bench.position(config) == 6

@@ -1,0 +1,254 @@
+"""One schedule: producers, trainers and runs of a tiny dataset, and everything that goes wrong.
+
+The produce loop, work and sink, the feeds, the worker, its training loop, supply and mender, heads,
+retention, the queue with its scripts and `S3Store` are the real ones. Random choices of the seed decide the
+shape of the experiment, who is killed, frozen or told to stop when, and which requests fail.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from penstock.common.errors import PenstockError, UserError
+from penstock.common.health import Health
+from penstock.common.heartbeat import Heartbeat
+from penstock.common.redis import RedisSettings
+from penstock.producer.loop import produce
+from penstock.producer.sink import Sink
+from penstock.producer.work import Work
+from penstock.store.arrays import dataset_arrays, zarr_metadata
+from penstock.store.dataset import DatasetWriter, open_dataset
+from penstock.store.layout import acts_array, chunk_key
+from penstock.store.objects import open_store
+from penstock.store.queue import ChunkQueue, Presence
+from penstock.store.retention import Retention
+from penstock.trainer.config import RunSettings, chunks_needed, submit_run
+from penstock.trainer.worker import work
+from penstock.trainer.workplace import Workplace
+from simulation.faults import Faults
+from simulation.invariants import Invariants
+from simulation.model import BATCH_ROWS, HOOK, Inline, TinyGroup, TinyLoader, TinySource, tiny_manifest
+from simulation.redis import MemoryRedis
+from simulation.s3 import MemoryS3, Object
+from simulation.scheduler import Event, Process, Scheduler
+
+DATASET, RUNS = "s3://house/dataset", "s3://house/runs"
+LEASE_SECONDS = 10.0
+STORM_SECONDS = 300.0
+CALM_SECONDS = 6000.0
+"""What must be done in the virtual time after the last fault; else something waits for ever."""
+
+
+class Experiment:
+    """A dataset being made and trained on. `run` raises if any invariant is broken."""
+
+    def __init__(self, seed: int, plan: "Plan | None" = None) -> None:
+        self.world = Scheduler(seed, stickiness=0.5)
+        draw = self.world.random
+        self.plan = plan or Plan(draw)
+        self.s3 = MemoryS3(self.world)
+        self.redis = MemoryRedis(self.world)
+        self.manifest = tiny_manifest(self.plan.rows, self.plan.retention)
+        # zarr-python has a thread of its own, which must not be a simulated one
+        zarr_metadata(tuple(dataset_arrays(self.manifest)))
+        self.calm = False
+        self._submitted: set[str] = set()
+        self._refused: set[str] = set()
+        self._names: dict[str, int] = {}
+        self._stops: dict[str, Event] = {}
+        self.invariants = Invariants(self.s3, self.redis, self.manifest, self.plan)
+
+    def run(self) -> None:
+        """The whole schedule: a storm, then calm until everything is done."""
+        with self.s3.installed(), self.world:
+            self._set_faults()
+            operator = self.world.process("operator")
+            for number in range(self.plan.producers):
+                operator.spawn(partial(self._keep, f"producer-{number}", self._produce), f"p{number}")
+            for number in range(self.plan.trainers):
+                operator.spawn(partial(self._keep, f"trainer-{number}", self._train), f"t{number}")
+            for number, settings in enumerate(self.plan.runs):
+                delay = self.world.random.random() * 60 * number
+                operator.spawn(partial(self._submit, settings, delay), f"s{number}")
+            self.world.process("fate").spawn(self._fate)
+            self.world.run(seconds=STORM_SECONDS + CALM_SECONDS, until=self._finished)
+            assert self._finished(), "nobody is left, and not everything is done"
+            self.invariants.at_the_end()
+
+    def _set_faults(self) -> None:
+        rate = self.plan.fault_rate
+        settings: dict[str, Any] = {"refused": rate, "lost": rate, "late": rate / 2, "slow": rate}
+        self.s3.faults = Faults(self.world, **settings)
+        self.redis.faults = Faults(self.world, **settings)
+
+    def _finished(self) -> bool:
+        if not self.calm or len(self._submitted) + len(self._refused) < len(self.plan.runs):
+            return False
+        return self.invariants.everything_is_done(self._submitted)
+
+    # The processes
+
+    def _keep(self, name: str, main: Callable[[Process, Event], None]) -> None:
+        """What a supervisor does: start it, start it again."""
+        while True:
+            self._names[name] = self._names.get(name, -1) + 1
+            process = self.world.process(f"{name}.{self._names[name]}", accepts=(PenstockError,))
+            stop = Event()
+            self._stops[process.name] = stop
+            process.spawn(partial(main, process, stop))
+            while not process.ended:
+                self.world.sleep(5.0, f"looks after {name}")
+            self.world.sleep(self.world.random.random() * 10)
+
+    def _produce(self, process: Process, stop: Event) -> None:
+        store = open_store(DATASET)
+        writer = DatasetWriter(store, self.manifest, Inline())
+        client: Any = self.redis.client()
+        address = (client, "sim", store.url, writer.manifest.digest, process.name, LEASE_SECONDS)
+        queue, repairs = ChunkQueue(*address), ChunkQueue(*address, repairs=True)
+        presence = Presence(client, "sim", process.name)
+        retention = Retention(store, writer.manifest, self.plan.budget)
+        producing = Work(queue, repairs, writer, retention, lambda: heartbeat.beat())
+
+        def renew() -> None:
+            producing.renew()
+            presence.tell({"kind": "producer", "dataset": store.url}, 3 * LEASE_SECONDS)
+
+        heartbeat = Heartbeat(renew, LEASE_SECONDS, Health())
+        maker = sum(map(ord, process.name)) % 50 if self.plan.mixed else 0
+        sink = Sink(
+            writer, producing, client, queue.feeds_key, process.name, lambda index, rows: None, Inline()
+        )
+        try:
+            produce(producing, TinySource(self.manifest, maker), sink, stop)
+        finally:
+            heartbeat.close()
+        producing.release()
+
+    def _train(self, process: Process, stop: Event) -> None:
+        group: Any = TinyGroup
+        place = Workplace(
+            runs=open_store(RUNS),
+            client=self.redis.client(),
+            redis=RedisSettings(prefix="sim", lease_seconds=LEASE_SECONDS),
+            worker=process.name,
+            device=torch.device("cpu"),
+            threads=1,
+            port=-1,
+            group=group,
+            loader=TinyLoader,
+        )
+        work(place, Health(), stop, drain=False)
+
+    def _submit(self, settings: RunSettings, delay: float) -> None:
+        self.world.sleep(delay)
+        while settings.name not in self._submitted | self._refused:
+            try:
+                dataset = open_dataset(DATASET)
+                config, _ = submit_run(open_store(RUNS), dataset, settings, self.plan.budget)
+                self.invariants.submitted(config)
+                self._submitted.add(settings.name)
+            except UserError as error:
+                if "nothing of it is left" in str(error):
+                    self._refused.add(settings.name)
+            except PenstockError:
+                pass
+            self.world.sleep(3.0, "submits again")
+
+    # What goes wrong
+
+    def _fate(self) -> None:
+        """Faults until the storm is over."""
+        draw = self.world.random
+        memories = [self.redis.snapshot()]
+        while self.world.clock < STORM_SECONDS and not self._all_trained():
+            self.world.sleep(draw.random() * self.plan.pause, "fate waits")
+            what = draw.choices(list(self.plan.fates), list(self.plan.fates.values()))[0]
+            victims = [p for p in self.world.processes if not p.dead and p.name in self._stops]
+            victim = draw.choice(victims) if victims else None
+            if what == "wipe":
+                self.redis.wipe()
+            elif what == "remember":
+                memories.append(self.redis.snapshot())
+            elif what == "roll back":
+                self.redis.restore(draw.choice(memories))
+            elif what == "silence":
+                self.redis.down(draw.random() * 60)
+            elif what == "damage":
+                self._damage()
+            elif victim is None or victim.frozen:
+                continue
+            elif what == "kill":
+                victim.crash()
+            elif what == "kill soon":
+                victim.crash_at = victim.requests + draw.randrange(30)
+            elif what == "freeze":
+                victim.freeze(draw.random() * 6 * LEASE_SECONDS)
+            elif what == "stop":
+                self._stops[victim.name].set()
+            self.invariants.feeds_have_no_gaps()
+        self.s3.faults.quiet()
+        self.redis.faults.quiet()
+        self.calm = True
+
+    def _all_trained(self) -> bool:
+        names = {settings.name for settings in self.plan.runs}
+        return names == self._submitted | self._refused and self.invariants.everything_is_done(self._submitted)
+
+    def _damage(self) -> None:
+        """Flip a bit of a committed chunk, or lose one of its objects."""
+        draw = self.world.random
+        index = draw.randrange(self.manifest.n_chunks)
+        committed = f"house/dataset/commits/0/{index}.json" in self.s3.objects
+        name = "house/dataset/" + chunk_key("activations.zarr", acts_array(HOOK), index, 2)
+        # while numerics are mixed nobody else can make a chunk as it was
+        if committed and name in self.s3.objects and not self.plan.mixed:
+            found = self.s3.objects[name]
+            self.world.note(f"damage chunk {index}")
+            if draw.random() < 0.3:
+                del self.s3.objects[name]
+            else:
+                data = bytearray(found.data)
+                data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+                self.s3.objects[name] = Object(bytes(data), found.metadata, found.modified)
+
+
+class Plan:
+    """The shape of an experiment, drawn from its seed."""
+
+    def __init__(self, draw: Any) -> None:
+        n = draw.randint(4, 8)
+        self.rows = [draw.randint(2, 4) for _ in range(n)]
+        self.retention = "window" if draw.random() < 0.4 else "keep"
+        self.mixed = draw.random() < 0.4
+        self.producers, self.trainers = draw.randint(1, 3), draw.randint(1, 2)
+        self.window_chunks, self.head_interval = draw.randint(1, 2), draw.randint(1, 2)
+        epochs = 1 if self.retention == "window" else draw.randint(1, 2)
+        self.runs = [self._run(number, epochs) for number in range(draw.randint(1, 2))]
+        needs = max(chunks_needed(settings, n) for settings in self.runs)
+        self.budget = needs + draw.randint(0, 1) if self.retention == "window" else None
+        self.fault_rate = draw.choice([0.0, 0.01, 0.03])
+        self.pause = draw.choice([2.0, 8.0, 20.0])
+        weights = {
+            **{"kill": 3, "kill soon": 4, "freeze": 4, "stop": 1},
+            **{"wipe": 1, "remember": 1, "roll back": 1, "silence": 1, "damage": 1},
+        }
+        self.fates = {fate: weight * draw.random() for fate, weight in weights.items()}
+
+    def _run(self, number: int, epochs: int) -> RunSettings:
+        sae = {"name": "tiny", "architecture": "standard", "hook_name": HOOK, "d_sae": 1, "l1_coefficient": 1.0}
+        return RunSettings.model_validate(
+            {
+                "name": f"run{number}",
+                "saes": [sae],
+                "batch_rows": BATCH_ROWS,
+                "window_chunks": self.window_chunks,
+                "head_interval": self.head_interval,
+                "epochs": epochs,
+                "seed": number,
+                "strict": True,
+            }
+        )
+

@@ -1,0 +1,166 @@
+"""What must hold at every moment of a schedule, and at its end. Looks at the stored bytes only."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from penstock.store.arrays import BFLOAT16
+from penstock.store.manifest import Manifest
+from penstock.store.order import ReadingOrder
+from penstock.store.records import crc32c
+from penstock.trainer.config import RunConfig
+from simulation.model import D_IN, HOOK, Row, TinySource, digest, expected_rows
+from simulation.redis import MemoryRedis
+from simulation.s3 import MemoryS3
+from simulation.values import Stream
+
+DATASET, RUNS = "house/dataset/", "house/runs/"
+NEVER_CHANGE = ("commits/", "manifest.", "readers/", "floor/", "quarantine/", "detached/", "config.", "/heads/")
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+class Invariants:
+    """Watches every write and removal."""
+
+    def __init__(self, s3: MemoryS3, redis: MemoryRedis, manifest: Manifest, plan: Any) -> None:
+        self._s3 = s3
+        self._redis = redis
+        self._manifest = manifest
+        self._plan = plan
+        self._configs: dict[str, RunConfig] = {}
+        self._rows: dict[int, list[Row]] = {}
+        s3.on_write.append(self._written)
+        s3.on_delete.append(self._deleted)
+
+    def submitted(self, config: RunConfig) -> None:
+        """A run exists from now on."""
+        self._configs[config.settings.name] = config
+
+    def everything_is_done(self, names: set[str]) -> bool:
+        """Whether the dataset is complete and these runs have ended."""
+        committed = (f"{DATASET}commits/0/{i}.json" in self._s3.objects for i in range(self._manifest.n_chunks))
+        return all(self._ended(self._configs[name].run_id) for name in sorted(names)) and all(committed)
+
+    def feeds_have_no_gaps(self) -> None:
+        """Every stream holds consecutive positions, each with the chunk that stands there."""
+        for config in self._configs.values():
+            order = config.order
+            for key, stream in self._redis.database.values.items():
+                if not isinstance(stream, Stream) or f":feed:{config.run_id}:" not in key:
+                    continue
+                positions = [stream_id[0] - 1 for stream_id, _ in stream.entries]
+                if positions and positions != list(range(positions[0], positions[0] + len(positions))):
+                    raise Broken(f"{key} has gaps: {positions}")
+                for position, (_, fields) in zip(positions, stream.entries, strict=True):
+                    if fields != ["chunk", str(order.chunk_at(position))]:
+                        raise Broken(f"{key} has {fields} at position {position}")
+
+    # At every write
+
+    def _written(self, key: str, old: bytes | None, new: bytes, process: str) -> None:
+        if old is not None and old != new and key.endswith((".json", ".copy")):
+            if any(part in key for part in NEVER_CHANGE):
+                raise Broken(f"{process} changed {key}")
+        if key.startswith(f"{DATASET}commits/"):
+            self._committed(json.loads(new))
+        elif "/heads/" in key and key.endswith(".json"):
+            self._head_made(key, json.loads(new))
+        if "/activations.zarr/tokens/c/" in key:
+            self._budget_holds()
+
+    def _committed(self, commit: dict[str, Any]) -> None:
+        """The objects that a commit describes are there, with these bytes."""
+        for path, described in commit["objects"].items():
+            suffix = "/0" if path.startswith("acts/") else ""
+            found = self._s3.objects.get(f"{DATASET}activations.zarr/{path}/c/{commit['index']}{suffix}")
+            if found is None:
+                raise Broken(f"chunk {commit['index']} is committed without {path}")
+            if (len(found.data), crc32c(found.data[:-4])) != (described["size"], described["crc32c"]):
+                raise Broken(f"chunk {commit['index']} is committed with another {path} than is stored")
+            if path.startswith("acts/"):
+                values = np.frombuffer(found.data[:-4], BFLOAT16).reshape(-1, D_IN).astype(int)
+                self._rows[commit["index"]] = values[: commit["rows"]].tolist()
+
+    def _head_made(self, key: str, head: dict[str, Any]) -> None:
+        """Heads are dense, and what a head names is there."""
+        run = key.split("/heads/")[0]
+        if head["n"] and f"{run}/heads/{head['n'] - 1}.json" not in self._s3.objects:
+            raise Broken(f"{key} was made before the head before it")
+        self._check_checkpoint(run, head)
+
+    def _check_checkpoint(self, run: str, head: dict[str, Any]) -> None:
+        for name, file in head["checkpoint"].items():
+            found = self._s3.objects.get(f"{run}/{file['key']}")
+            if found is None or hashlib.sha256(found.data).hexdigest() != file["sha256"]:
+                raise Broken(f"head {head['n']} of {run} names a checkpoint of {name} that is not there")
+
+    def _budget_holds(self) -> None:
+        if self._plan.budget is None:
+            return
+        prefix = f"{DATASET}activations.zarr/tokens/c/"
+        stored = sum(key.startswith(prefix) for key in self._s3.objects)
+        # one in flight per producer, one more for each that died over its own
+        allowed = self._plan.budget + 2 * self._plan.producers
+        if stored > allowed:
+            raise Broken(f"{stored} chunks are stored, and the budget is {self._plan.budget}")
+
+    def _deleted(self, key: str, old: bytes, process: str) -> None:
+        if "/checkpoints/" in key:
+            run = key.split("/checkpoints/")[0]
+            newest = self._newest(run)
+            if newest is not None and any(f"{run}/{f['key']}" == key for f in newest["checkpoint"].values()):
+                raise Broken(f"{process} removed {key}, which the newest head needs")
+        elif "/activations.zarr/" in key and self._plan.retention == "keep":
+            raise Broken(f"{process} removed {key}")
+
+    def _newest(self, run: str) -> dict[str, Any] | None:
+        prefix = f"{run}/heads/"
+        numbers = [
+            int(key[len(prefix) : -5])
+            for key in self._s3.objects
+            if key.startswith(prefix) and key.endswith(".json")
+        ]
+        if not numbers:
+            return None
+        found: dict[str, Any] = json.loads(self._s3.objects[f"{prefix}{max(numbers)}.json"].data)
+        return found
+
+    def _ended(self, run_id: str) -> bool:
+        head = self._newest(RUNS + run_id)
+        return head is not None and head["status"] != "running"
+
+    # At the end
+
+    def at_the_end(self) -> None:
+        """Datasets and weights are those of an undisturbed run."""
+        self.feeds_have_no_gaps()
+        if not self._plan.mixed:
+            for index, rows in self._rows.items():
+                plain = TinySource(self._manifest, 0).chunk(index).acts[HOOK].astype(int).tolist()
+                if sorted(rows) != sorted(plain):
+                    raise Broken(f"chunk {index} is not what its plan says")
+        for config in self._configs.values():
+            self._check_run(config)
+
+    def _check_run(self, config: RunConfig) -> None:
+        run = RUNS + config.run_id
+        head = self._newest(run)
+        assert head is not None
+        if head["status"] != "done":
+            raise Broken(f"{config.run_id} is {head['status']}: {head['reason']}")
+        self._check_checkpoint(run, head)
+        seen = json.loads(self._s3.objects[f"{run}/{head['checkpoint']['sae/tiny']['key']}"].data)
+        settings = config.settings
+        order = ReadingOrder(
+            self._manifest.n_chunks, settings.epochs, settings.window_chunks, settings.seed
+        )
+        wanted = expected_rows(self._manifest, order, config.dataset.start, self._rows)
+        if sorted(seen) != sorted(wanted):
+            raise Broken(f"{config.run_id} saw {len(seen)} rows, not the {len(wanted)} it had to, each once")
+        if digest(seen) != digest(wanted):
+            raise Broken(f"the weights of {config.run_id} are not those of an undisturbed run")
