@@ -1,15 +1,21 @@
 # Every target sets itself up in .venv; nothing but Python 3.11+, make and a package index is needed.
 PYTHON ?= python3
 WORKDIR ?= demo
+KILLS ?= 30
+SEED ?= 0
+STORE ?= local
+SOURCE ?= light
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo test test-services check format bench clean
+.PHONY: help install demo test test-services chaos check format bench clean
 
 help:
 	@echo "make demo WORKDIR=dir   language model -> activations -> SAEs -> report, on this machine"
 	@echo "make test               tests that need nothing but Python packages"
 	@echo "make test-services      tests against servers and a browser from Debian packages"
+	@echo "make chaos KILLS=n SEED=s STORE=local|moto|ceph SOURCE=light|lm"
+	@echo "                        kill everything at random; nothing may come out different"
 	@echo "make check              ruff and mypy"
 	@echo "make bench              measure loader, step and harvest against their limits"
 
@@ -33,6 +39,9 @@ test: .venv/installed-dev
 
 test-services: .venv/installed-dev
 	$(BIN)/pytest -m services
+
+chaos: .venv/installed-dev
+	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) --store $(STORE) --source $(SOURCE)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

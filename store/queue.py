@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -36,9 +37,13 @@ def _scope(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+@cache
+def _source(name: str) -> str:
+    return files("penstock.store").joinpath(f"{name}.lua").read_text()
+
+
 def _script(client: Client, name: str) -> Script:
-    source = files("penstock.store").joinpath(f"{name}.lua").read_text()
-    script: Script = client.register_script(source)
+    script: Script = client.register_script(_source(name))
     return script
 
 

@@ -6,19 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos.compare import Facts, Verdict, gather, judge
-from chaos.disturbed import Disturbed, Failed, Plan, Say, Tally
+from chaos.disturbed import PACE, Disturbed, Failed, Plan, Say, Tally
 from chaos.settings import CHUNKS
 from chaos.stores import Files, open_place, scratch
 
 
 @dataclass(frozen=True)
 class Options:
+    """See `python -m chaos --help`; `chunks` and `pace` are of a light experiment."""
+
     kills: int
     seed: int = 0
     store: str = "local"
     source: str = "light"
     keep: bool = False
     chunks: int = CHUNKS
+    pace: dict[str, str] = field(default_factory=lambda: dict(PACE))
 
 
 @dataclass
@@ -78,7 +81,8 @@ def campaign(options: Options, reference: Facts | None = None) -> Result:
     ):
         reference = reference or undisturbed(directory, options, say)
         while (result.kills < options.kills or not result.tallies) and not result.failed:
-            plan = Plan(options.source, options.kills - result.kills, chunks=options.chunks)
+            left = options.kills - result.kills
+            plan = Plan(options.source, left, options.pace, chunks=options.chunks)
             disturbed = Disturbed(directory, f"round-{len(result.tallies)}", plan, place, draw, say)
             _one_round(disturbed, reference, result, say)
         if place.faults():

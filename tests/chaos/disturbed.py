@@ -7,12 +7,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos.light import CHUNK_SECONDS, STEP_SECONDS
-from chaos.settings import CHUNKS, LEASE_SECONDS, experiment, program
+from chaos.settings import CHUNKS, experiment, program
 from chaos.stores import Place, Trouble
 from chaos.victims import Process, Victims, runs, tell
 from chaos.wipes import Queue
@@ -94,21 +93,21 @@ class Disturbed:
         trainers = plan.trainers or draw.choice([1, 2, 2])
         config = experiment(plan.source, self.workdir, base, trainers, plan.chunks)
         self._config = write_config(self.directory / "config.yaml", config)
-        self._victims = Victims(self.workdir, self._config)
+        self._victims = Victims(self.directory, self._config)
         self._queue = Queue(self.workdir, self.directory / "copies")
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._frozen: list[Frozen] = []
         self._trouble: tuple[float, Trouble] | None = None
         self._patience = {kind: self._new_patience() for kind in ("producer", "trainer", "supervisor")}
-        self._rested = {"kill valkey": 0.0, "flushall": 0.0, "trouble": 0.0}
+        self._rested = dict.fromkeys(("kill valkey", "flushall", "trouble"), (False, 0.0))
         self._started = self._start_at = self._moved = self._looked = 0.0
         self._progress: tuple[int, ...] = ()
         self._running: list[Process] = []
         self._actions: dict[str, tuple[int, Callable[[float], str | None]]] = {
             "kill producer": (5, lambda now: self._kill("producer", now)),
-            "kill trainer": (5, lambda now: self._kill("trainer", now)),
+            "kill trainer": (6, lambda now: self._kill("trainer", now)),
             "freeze producer": (2, lambda now: self._freeze("producer", now)),
-            "freeze trainer": (4, lambda now: self._freeze("trainer", now)),
+            "freeze trainer": (6, lambda now: self._freeze("trainer", now)),
             "kill supervisor": (2, self._kill_supervisor),
             "kill valkey": (3, self._kill_valkey),
             "flushall": (3, self._wipe),
@@ -228,7 +227,11 @@ class Disturbed:
         while (left := self._victims.everything()) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
         self.tally.left_behind += [f"process {pid} still runs" for pid in left]
-        self.tally.left_behind += [f"{path} still exists" for path in (self.directory / "tmp").iterdir()]
+        self.tally.left_behind += [
+            # sockets; torch keeps a folder of its own here
+            f"{path} still exists"
+            for path in (self.directory / "tmp").glob("penstock-*")
+        ]
         for log in (self.workdir / "logs").glob("trainer-*.log"):
             text = log.read_text(errors="replace")
             self.tally.fenced += text.count("was committed by another worker")
@@ -262,6 +265,7 @@ class Disturbed:
         victim = self._choose(kind, now)
         if victim is None or not tell(victim.pid, signal.SIGKILL):
             return None
+        self._patience[kind] = self._new_patience()
         return f"SIGKILL to {victim.pid}"
 
     def _freeze(self, kind: str, now: float) -> str | None:
@@ -271,11 +275,11 @@ class Disturbed:
         if victim is None:
             return None
         work, replaced = self._held_by(victim)
-        if not tell(victim.pid, signal.SIGSTOP):
+        if not work or not tell(victim.pid, signal.SIGSTOP):
             return None
-        longest = FREEZE_SECONDS if work else 2 * LEASE_SECONDS
-        self._frozen.append(Frozen(victim, now + longest, replaced))
-        return f"SIGSTOP to {victim.pid}, which holds {work or 'nothing'}"
+        self._patience[kind] = self._new_patience()
+        self._frozen.append(Frozen(victim, now + FREEZE_SECONDS, replaced))
+        return f"SIGSTOP to {victim.pid}, which holds {work}"
 
     def _held_by(self, victim: Process) -> tuple[str, Callable[[], bool]]:
         """What a process works on, and how to see that somebody else has done it."""
@@ -293,29 +297,39 @@ class Disturbed:
 
     def _is_replaced(self, frozen: Frozen) -> bool:
         # a store in trouble cannot be asked
-        return self._trouble is None and frozen.replaced()
+        if self._trouble is not None:
+            return False
+        try:
+            return frozen.replaced()
+        except PenstockError:
+            return False
 
     def _thaw(self, frozen: Frozen) -> None:
         self._frozen.remove(frozen)
-        why = "replaced" if self._trouble is None and frozen.replaced() else "not replaced"
+        why = "replaced" if self._is_replaced(frozen) else "not replaced"
         if tell(frozen.process.pid, signal.SIGCONT):
             self._say(f"    SIGCONT to {frozen.process.kind} {frozen.process.pid}: {why}")
 
     def _kill_supervisor(self, now: float) -> str | None:
-        early, seconds = self._patience["supervisor"]
-        at_work = [
-            since
-            for pid, since in self._victims.ready.items()
-            if self._victims.seen.get(pid, 0) > self._started
-        ]
-        since = self._started if early else min(at_work, default=now)
-        if self._supervisor is None or now - since < seconds:
+        if not self._supervisor_is_rested(now):
             return None
-        self._patience["supervisor"] = self._new_patience()
         return self._end_supervisor(self._draw.uniform(0.0, 2.0))
+
+    def _supervisor_is_rested(self, now: float) -> bool:
+        """Whether it, or the first of its workers, has had its time."""
+        early, seconds = self._patience["supervisor"]
+        since = self._started if early else self._at_work_since()
+        return self._supervisor is not None and now - since >= seconds
+
+    def _at_work_since(self) -> float:
+        """When the first worker of this supervisor was set up; for ever from now if none is."""
+        seen, ready = self._victims.seen, self._victims.ready
+        times = [since for pid, since in ready.items() if seen.get(pid, 0.0) > self._started]
+        return min(times, default=float("inf"))
 
     def _end_supervisor(self, pause: float) -> str:
         assert self._supervisor is not None
+        self._patience["supervisor"] = self._new_patience()
         pid = self._supervisor.pid
         self._supervisor.kill()
         self._supervisor.wait()
@@ -324,21 +338,29 @@ class Disturbed:
         return f"SIGKILL to {pid}, started again after {pause:.1f} s"
 
     def _kill_valkey(self, now: float) -> str | None:
-        if now < self._rested["kill valkey"] or (pid := self._queue.pid()) is None:
+        if not self._may("kill valkey", now) or (pid := self._queue.pid()) is None:
             return None
-        self._rested["kill valkey"] = now + self._draw.uniform(1.0, 6.0)
+        self._rest("kill valkey", now)
         return f"SIGKILL to {pid}" if tell(pid, signal.SIGKILL) else None
 
     def _wipe(self, now: float) -> str | None:
-        if now < self._rested["flushall"] or not self._queue.wipe():
+        if not self._may("flushall", now) or not self._queue.wipe():
             return None
-        self._rested["flushall"] = now + self._draw.uniform(1.0, 6.0)
+        self._rest("flushall", now)
         return "FLUSHALL"
+
+    def _may(self, name: str, now: float) -> bool:
+        """Whether a fault of this name has been long ago and finds, most of the time, workers at work."""
+        early, until = self._rested[name]
+        return now >= until and (early or self._at_work_since() <= now)
+
+    def _rest(self, name: str, now: float) -> None:
+        self._rested[name] = self._draw.random() < 0.2, now + self._draw.uniform(3.0, 12.0)
 
     def _roll_back(self, now: float) -> str | None:
         """As if the machine had crashed and come up with an older state of Redis's disk."""
         server = self._queue.pid()
-        if self._supervisor is None or server is None or not self._queue.has_copies():
+        if server is None or not self._queue.has_copies() or not self._supervisor_is_rested(now):
             return None
         what = self._end_supervisor(0.0)
         self._queue.roll_back(self._draw, server)
@@ -346,7 +368,7 @@ class Disturbed:
         return f"{what}, with an older append-only file"
 
     def _begin(self, begin: Callable[[random.Random], Trouble], now: float) -> str | None:
-        if self._trouble is not None or now < self._rested["trouble"]:
+        if self._trouble is not None or not self._may("trouble", now):
             return None
         trouble = begin(self._draw)
         self._trouble = (now + trouble.seconds, trouble)
@@ -357,7 +379,7 @@ class Disturbed:
         _, trouble = self._trouble
         self._trouble = None
         trouble.end()
-        self._rested["trouble"] = time.monotonic() + self._draw.uniform(2.0, 8.0)
+        self._rest("trouble", time.monotonic())
 
     # Victims
 
@@ -371,10 +393,7 @@ class Disturbed:
             for process in self._running
             if process.kind == kind and process not in frozen and now - since.get(process.pid, now) >= seconds
         ]
-        if not rested:
-            return None
-        self._patience[kind] = self._new_patience()
-        return self._draw.choice(rested)
+        return self._draw.choice(rested) if rested else None
 
     def _new_patience(self) -> tuple[bool, float]:
         """Seconds after its start, now and then, or else seconds of work; then a process may be hit."""

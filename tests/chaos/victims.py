@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from penstock.deploy.state import CONFIG_FILE
+
 KINDS = {"produce": "producer", "train": "trainer", "run": "supervisor"}
 
 
@@ -17,18 +19,24 @@ class Process:
 
 @dataclass
 class Victims:
-    """Processes of the experiment in a work directory, and since when they have been at work.
+    """Processes of the experiment in a directory, and since when they have been at work.
 
     Attributes:
+        directory: of everything; `work` in it is the work directory.
+        config: the file that the supervisor was given.
         seen: when each was first seen, by process id.
         ready: when each had first said that it is set up.
     """
 
-    workdir: Path
+    directory: Path
     config: Path
     seen: dict[int, float] = field(default_factory=dict)
     ready: dict[int, float] = field(default_factory=dict)
     _read: dict[Path, int] = field(default_factory=dict)
+
+    @property
+    def _workdir(self) -> Path:
+        return self.directory / "work"
 
     def look(self, now: float) -> list[Process]:
         """Producers, trainers and supervisors that run now."""
@@ -39,20 +47,20 @@ class Victims:
         return found
 
     def everything(self) -> list[int]:
-        """Process ids of all processes that have the work directory or the config in their command line."""
-        names = (f"{self.workdir}/", str(self.config))
-        return [pid for pid in _pids() if any(name in word for word in _words(pid) for name in names)]
+        """Process ids of all processes that speak of the directory in their command line."""
+        return [pid for pid in _pids() if any(f"{self.directory}/" in word for word in _words(pid))]
 
     def _process(self, pid: int) -> Process | None:
         words = _words(pid)
-        if str(self.config) not in words and f"{self.workdir}/penstock.json" not in words:
+        # the supervisor's file, or the one that it gives to its children
+        if str(self.config) not in words and str(self._workdir / CONFIG_FILE) not in words:
             return None
         kinds = [KINDS[word] for word in words if word in KINDS]
         return Process(pid, kinds[0]) if kinds else None
 
     def _read_logs(self, now: float) -> None:
         """A worker's first line names it, and its name holds its process id: kind-host-pid-random."""
-        for log in (self.workdir / "logs").glob("*.log"):
+        for log in (self._workdir / "logs").glob("*.log"):
             with open(log, errors="replace") as file:
                 file.seek(self._read.get(log, 0))
                 text = file.read()

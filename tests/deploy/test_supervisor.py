@@ -536,9 +536,9 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_run_finishes(
     file = write_config(tmp_path / "config.yaml", small_config(workdir, producers=2))
     supervisor = subprocess.Popen([*COMMAND, "run", str(file)], stdout=subprocess.DEVNULL)
     try:
-        eventually(lambda: len(list(workdir.glob("runs/*/heads/*.json"))) >= 3, 120)
+        eventually(lambda: len(list(workdir.glob("runs/*/heads/*.json"))) >= 2, 120)
         everyone = family(supervisor.pid)
-        assert len(everyone) == 6, "supervisor, corpus is done, two producers, trainer, guard, server"
+        assert len(everyone) >= 4, "supervisor, trainer, guard, server, and producers unless they are done"
         socket = Path((workdir / "redis-url").read_text().strip().removeprefix("unix://"))
     finally:
         supervisor.kill()

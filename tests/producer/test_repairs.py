@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_a_repair_whose_lease_ended_is_made_by_another(client: Client, tmp_path:
     for number in range(5):
         dead = Producer(client, prefix, tmp_path, f"dead{number}", lease_seconds=0.05)
         dead.repairs.ask(4)
-        eventually(lambda dead=dead: dead.work._claim() == Task(4, repair=True))
+        eventually(partial(_claimed, dead.work, Task(4, repair=True)))
         dead.sink.finish()
         dead.writer.close()
     living = Producer(client, prefix, tmp_path, "living")
@@ -260,3 +261,7 @@ def test_a_lost_connection_while_giving_back_costs_only_time(
     right.run()
     assert right.source.made == [4]
     assert tree_digests(tmp_path, WORKERS_OWN) == before
+
+
+def _claimed(work: Work, wanted: Task) -> bool:
+    return work._claim() == wanted

@@ -84,9 +84,9 @@ class Bench:
             port=-1,
         )
 
-    def work(self, stop: threading.Event | None = None) -> None:
-        """A worker from start to exit: until every run has ended or `stop` is set."""
-        work(self.place(), Health(), stop or threading.Event(), drain=True)
+    def work(self, stop: threading.Event | None = None, drain: bool = True) -> None:
+        """A worker from start to exit: until every run has ended (with `drain`) or `stop` is set."""
+        work(self.place(), Health(), stop or threading.Event(), drain)
 
     def head(self, config: RunConfig) -> Head:
         head = newest_head(self.runs, config.run_id)

@@ -569,9 +569,7 @@ def _id(text: str, sequence: int = 0) -> StreamId:
     try:
         return parse_id(text, sequence)
     except ValueError:
-        raise redis.ResponseError(
-            "ERR Invalid stream ID specified as stream command argument"
-        ) from None
+        raise redis.ResponseError("ERR Invalid stream ID specified as stream command argument") from None
 
 
 def _members(found: list[tuple[float, str]], with_scores: bool) -> list[str]:

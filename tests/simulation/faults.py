@@ -1,8 +1,11 @@
 """What goes wrong between a process and a service."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 from simulation.scheduler import Scheduler
+
+_T = TypeVar("_T")
 
 Outcome = Literal["fine", "refused", "lost", "late", "slow"]
 
@@ -60,3 +63,19 @@ class Faults:
     def slowness(self) -> float:
         """Seconds that a slow request takes."""
         return self._draw() * self.slow_seconds
+
+
+def failing_first(failure: Exception, call: Callable[[], _T]) -> Callable[[], _T]:
+    """What fails in the same way as a first attempt did, and from then on is the call.
+
+    Retry policies are slow. Calls are therefore tried without one; only if that fails is the policy given
+    this, and does what it would have done from the start.
+    """
+    failures = [failure]
+
+    def attempt() -> _T:
+        if failures:
+            raise failures.pop()
+        return call()
+
+    return attempt

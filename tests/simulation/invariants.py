@@ -34,8 +34,11 @@ class Invariants:
         self._plan = plan
         self._configs: dict[str, RunConfig] = {}
         self._rows: dict[int, list[Row]] = {}
+        self._heads: dict[str, dict[str, Any]] = {}
         s3.on_write.append(self._written)
         s3.on_delete.append(self._deleted)
+        self._wake_readers = redis.database._on_entry
+        redis.database._on_entry = self._fed
 
     def submitted(self, config: RunConfig) -> None:
         """A run exists from now on."""
@@ -46,21 +49,21 @@ class Invariants:
         committed = (f"{DATASET}commits/0/{i}.json" in self._s3.objects for i in range(self._manifest.n_chunks))
         return all(self._ended(self._configs[name].run_id) for name in sorted(names)) and all(committed)
 
-    def feeds_have_no_gaps(self) -> None:
-        """Every stream holds consecutive positions, each with the chunk that stands there."""
-        for config in self._configs.values():
-            order = config.order
-            for key, stream in self._redis.database.values.items():
-                if not isinstance(stream, Stream) or f":feed:{config.run_id}:" not in key:
-                    continue
-                positions = [stream_id[0] - 1 for stream_id, _ in stream.entries]
-                if positions and positions != list(range(positions[0], positions[0] + len(positions))):
-                    raise Broken(f"{key} has gaps: {positions}")
-                for position, (_, fields) in zip(positions, stream.entries, strict=True):
-                    if fields != ["chunk", str(order.chunk_at(position))]:
-                        raise Broken(f"{key} has {fields} at position {position}")
+    # At every change
 
-    # At every write
+    def _fed(self, key: str) -> None:
+        """A feed holds consecutive positions, each with the chunk that stands there."""
+        stream = self._redis.database.values[key]
+        run_id = key.split(":feed:")[1].split(":")[0]
+        (config,) = (config for config in self._configs.values() if config.run_id == run_id)
+        assert isinstance(stream, Stream)
+        positions = [stream_id[0] - 1 for stream_id, _ in stream.entries]
+        chunks = [["chunk", str(config.order.chunk_at(position))] for position in positions]
+        if positions != list(range(positions[0], positions[0] + len(positions))):
+            self._s3.scheduler.fail(Broken(f"{key} has gaps: {positions}"))
+        if [fields for _, fields in stream.entries] != chunks:
+            self._s3.scheduler.fail(Broken(f"{key} has other chunks than its run reads: {stream.entries}"))
+        self._wake_readers(key)
 
     def _written(self, key: str, old: bytes | None, new: bytes, process: str) -> None:
         if old is not None and old != new and key.endswith((".json", ".copy")):
@@ -89,6 +92,9 @@ class Invariants:
     def _head_made(self, key: str, head: dict[str, Any]) -> None:
         """Heads are dense, and what a head names is there."""
         run = key.split("/heads/")[0]
+        before = self._heads.get(run)
+        if before is None or head["n"] >= before["n"]:
+            self._heads[run] = head
         if head["n"] and f"{run}/heads/{head['n'] - 1}.json" not in self._s3.objects:
             raise Broken(f"{key} was made before the head before it")
         self._check_checkpoint(run, head)
@@ -119,16 +125,7 @@ class Invariants:
             raise Broken(f"{process} removed {key}")
 
     def _newest(self, run: str) -> dict[str, Any] | None:
-        prefix = f"{run}/heads/"
-        numbers = [
-            int(key[len(prefix) : -5])
-            for key in self._s3.objects
-            if key.startswith(prefix) and key.endswith(".json")
-        ]
-        if not numbers:
-            return None
-        found: dict[str, Any] = json.loads(self._s3.objects[f"{prefix}{max(numbers)}.json"].data)
-        return found
+        return self._heads.get(run)
 
     def _ended(self, run_id: str) -> bool:
         head = self._newest(RUNS + run_id)
@@ -138,7 +135,6 @@ class Invariants:
 
     def at_the_end(self) -> None:
         """Datasets and weights are those of an undisturbed run."""
-        self.feeds_have_no_gaps()
         if not self._plan.mixed:
             for index, rows in self._rows.items():
                 plain = TinySource(self._manifest, 0).chunk(index).acts[HOOK].astype(int).tolist()

@@ -43,8 +43,8 @@ redis = {
 cjson = {decode = decode, encode = encode}
 os, io, require, python, dofile, loadfile, package = nil
 setmetatable(_G, {
-  __index = function(_, name) error("Script attempted to access nonexistent global variable '" .. name .. "'", 2) end,
-  __newindex = function(_, name) error("Attempt to modify a readonly table: global '" .. name .. "'", 2) end,
+  __index = function(_, name) error('nonexistent global variable ' .. name, 2) end,
+  __newindex = function(_, name) error('a script may not make a global variable: ' .. name, 2) end,
 })
 """
 

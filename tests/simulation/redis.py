@@ -15,7 +15,7 @@ import redis
 
 from penstock.common import retries
 from simulation.commands import Database, Snapshot
-from simulation.faults import Faults
+from simulation.faults import Faults, failing_first
 from simulation.lua import run_script
 from simulation.scheduler import WALL_START, Actor, Scheduler
 
@@ -86,18 +86,9 @@ class MemoryRedis:
         try:
             return self._attempt(commands, atomic)
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            first: Exception | None = error
-
-        def again() -> list[Any]:
-            # the policy is slow, so it is asked only once something failed
-            nonlocal first
-            if first is not None:
-                failure, first = first, None
-                raise failure
-            return self._attempt(commands, atomic)
-
+            failure = error
         policy = retries.retrying(_is_transient, lambda _: None, self.scheduler.sleep, retries.REDIS)
-        return policy(again)
+        return policy(failing_first(failure, lambda: self._attempt(commands, atomic)))
 
     def _attempt(self, commands: list[Command], atomic: bool) -> list[Any]:
         scheduler = self.scheduler
@@ -110,7 +101,7 @@ class MemoryRedis:
         elif outcome in ("refused", "late"):
             if outcome == "late":
                 scheduler.note("late redis request")
-                scheduler.later(self.faults.lateness(), lambda: self._run_all(commands))
+                scheduler.later(self.faults.lateness(), lambda: self._land(commands))
             self._refuse()
         if not atomic and len(commands) > 1:
             replies = self._run_apart(commands, outages, broken=outcome == "lost")
@@ -139,6 +130,10 @@ class MemoryRedis:
     def _check_outage(self, outages: int) -> None:
         if self._outages != outages:
             raise redis.ConnectionError("simulated: the connection is broken")
+
+    def _land(self, commands: list[Command]) -> None:
+        """Run commands whose sender no longer listens."""
+        self._run_all(commands)
 
     def _run_all(self, commands: list[Command]) -> list[Any]:
         return [self._run(command) for command in commands]

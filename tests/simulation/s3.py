@@ -7,7 +7,7 @@ again before its reply arrives, which is where it may fail.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from s3fs.errors import translate_boto_error
 
 from penstock.store import s3 as store_module
 from penstock.store.s3 import S3Store
-from simulation.faults import Faults
+from simulation.faults import Faults, failing_first
 from simulation.scheduler import WALL_START, Scheduler
 
 ENDPOINT = "http://s3.simulated"
@@ -83,25 +83,25 @@ class MemoryS3:
 
     def store(self, url: str) -> S3Store:
         """A store at an `s3://` URL. Whoever calls it is whose requests these are."""
-        before = store_module.s3fs
-        store_module.s3fs = SimpleNamespace(S3FileSystem=lambda **options: self._file_system)
+        module: Any = store_module
+        before, module.s3fs = module.s3fs, SimpleNamespace(S3FileSystem=lambda **options: self._file_system)
         try:
-            store = S3Store(url)
+            store = _Store(url)
         finally:
-            store_module.s3fs = before
+            module.s3fs = before
         # the class took time.sleep before anybody could replace it
-        store._sleep = self.scheduler.sleep  # type: ignore[method-assign]
+        store._sleep = self.scheduler.sleep
         return store
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Whatever opens an `s3://` URL gets a store here."""
-        before = store_module.S3Store
-        store_module.S3Store = self.store  # type: ignore[misc, assignment]
+        module: Any = store_module
+        before, module.S3Store = module.S3Store, self.store
         try:
             yield
         finally:
-            store_module.S3Store = before  # type: ignore[misc]
+            module.S3Store = before
 
     def write(self, name: str, data: bytes, metadata: dict[str, str], process: str) -> None:
         """Make or replace an object, at once."""
@@ -126,6 +126,17 @@ class MemoryS3:
         except BaseException as error:
             self.scheduler.fail(error)
             raise
+
+
+class _Store(S3Store):
+    """The real store, which asks its retry policy only once something failed."""
+
+    def _call(self, op: str, key: str, call: Callable[[], _T]) -> _T:
+        try:
+            return call()
+        except Exception as error:
+            failure = error
+        return super()._call(op, key, failing_first(failure, call))
 
 
 class _FileSystem:
@@ -159,7 +170,7 @@ class _FileSystem:
         return self._request("get", path, effect)
 
     def call_s3(self, method: str, **request: Any) -> dict[str, Any]:
-        known = {
+        known: dict[str, Callable[..., dict[str, Any]]] = {
             "head_object": self._head_object,
             "list_objects_v2": self._list_objects,
             "delete_object": self._delete_object,
@@ -189,20 +200,17 @@ class _FileSystem:
         StartAfter: str = "",
         MaxKeys: int | None = None,
     ) -> dict[str, Any]:
-        start, after = f"{Bucket}/{Prefix}", f"{Bucket}/{max(ContinuationToken, StartAfter)}"
+        start, after = f"{Bucket}/{Prefix}", f"{Bucket}/{max(ContinuationToken, StartAfter, Prefix)}"
 
         def effect() -> dict[str, Any]:
             objects = self._memory.objects
-            names = sorted(name for name in objects if name.startswith(start) and name > after)
+            names = sorted(name for name in objects if name.startswith(start))
+            if after != start:
+                names = [name for name in names if name > after]
             size = min(MaxKeys or self._memory.page_size, self._memory.page_size)
             page = {
                 "Contents": [
-                    {
-                        "Key": name[len(Bucket) + 1 :],
-                        "Size": len(objects[name].data),
-                        "LastModified": _moment(objects[name].modified),
-                    }
-                    for name in names[:size]
+                    {"Key": name[len(Bucket) + 1 :], "Size": len(objects[name].data)} for name in names[:size]
                 ],
                 "IsTruncated": len(names) > size,
             }
@@ -254,10 +262,8 @@ class _FileSystem:
 
 def _land(effect: Callable[[], object]) -> None:
     """A write whose sender no longer listens."""
-    try:
+    with suppress(OSError):
         effect()
-    except OSError:
-        pass
 
 
 def _answer(status: int, code: str, operation: str, **more: str) -> OSError:

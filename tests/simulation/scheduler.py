@@ -21,7 +21,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -49,6 +49,16 @@ class Stuck(Exception):
 def current() -> "Scheduler | None":
     """The simulation that this thread is in."""
     return getattr(_here, "scheduler", None)
+
+
+def in_turn(*calls: Callable[[], object]) -> Callable[[], None]:
+    """What calls each of them, one after the other: a short script for an actor."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 class Actor:
@@ -464,10 +474,8 @@ class Scheduler:
             self._bury(actor)
 
     def _kill(self, actor: Actor) -> None:
-        try:
+        with suppress(Crashed):  # it comes back from an actor that had not begun
             actor.greenlet.throw(Crashed(actor.process.name))
-        except Crashed:
-            pass  # it had not begun
         # only code that catches everything gets here, and only if it gives way without asking us
         while not actor.greenlet.dead:
             actor.greenlet.throw(Crashed(actor.process.name))

@@ -6,10 +6,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
-from simulation.scheduler import WALL_START, Crashed, Event, Scheduler, Stuck, outside
+from simulation.scheduler import WALL_START, Crashed, Event, Scheduler, Stuck, in_turn, outside
 from simulation.world import patched_world
 
 
@@ -143,7 +144,7 @@ def test_a_crash_undoes_nothing_and_lets_nothing_happen() -> None:
         victim, killer = world.process("victim"), world.process("killer")
         victim.spawn(main)
         victim.spawn(beat, "heartbeat", daemon=True)
-        killer.spawn(lambda: (time.sleep(2.5), victim.crash()))
+        killer.spawn(in_turn(partial(time.sleep, 2.5), victim.crash))
         world.run()
         assert effects == ["first", "beat", "beat"]
         assert victim.crashed
@@ -185,7 +186,7 @@ def test_a_frozen_process_does_nothing_and_then_goes_on() -> None:
 
         a.spawn(work("a"))
         b.spawn(work("b"))
-        b.spawn(lambda: (time.sleep(1.5), a.freeze(10.0)), "freezer")
+        b.spawn(in_turn(partial(time.sleep, 1.5), partial(a.freeze, 10.0)), "freezer")
         world.run()
         assert [at for name, at in seen if name == "a"] == [1.0, 11.5, 12.5]
         assert [at for name, at in seen if name == "b"] == [1.0, 2.0, 3.0]
@@ -195,7 +196,7 @@ def test_a_process_may_be_frozen_until_something_happens() -> None:
     with Scheduler(0) as world:
         a, b = world.process("a"), world.process("b")
         done: list[float] = []
-        a.spawn(lambda: (a.freeze(until=lambda: b.ended), done.append(time.monotonic())))
+        a.spawn(in_turn(partial(a.freeze, until=lambda: b.ended), lambda: done.append(time.monotonic())))
         b.spawn(lambda: time.sleep(7.0))
         world.run()
         assert done == [7.0]
@@ -205,7 +206,7 @@ def test_a_frozen_process_can_be_killed() -> None:
     with Scheduler(0) as world:
         a, b = world.process("a"), world.process("b")
         a.spawn(lambda: time.sleep(1.0))
-        b.spawn(lambda: (a.freeze(), time.sleep(2.0), a.crash()))
+        b.spawn(in_turn(a.freeze, partial(time.sleep, 2.0), a.crash))
         world.run()
         assert a.crashed
         assert a.ended
@@ -215,9 +216,10 @@ def test_an_error_ends_the_simulation_unless_it_is_accepted() -> None:
     def fail() -> None:
         raise ValueError("of the code under test")
 
-    with pytest.raises(ValueError, match="under test") as failure, Scheduler(0) as world:
+    with Scheduler(0) as world:
         world.process("a").spawn(fail)
-        world.run()
+        with pytest.raises(ValueError, match="under test") as failure:
+            world.run()
     assert "seed 0" in failure.value.__notes__[0]
     with Scheduler(0) as world:
         process = world.process("a", accepts=(ValueError,))
@@ -272,9 +274,7 @@ def for_ever() -> None:
     ],
 )
 @pytest.mark.parametrize("stickiness", [0.0, 1.0])
-def test_getting_nowhere_is_noticed(
-    function: Callable[[], None], message: str, stickiness: float
-) -> None:
+def test_getting_nowhere_is_noticed(function: Callable[[], None], message: str, stickiness: float) -> None:
     with Scheduler(0, stickiness) as world:
         world.process("looper").spawn(function)
         with pytest.raises(Stuck, match=message) as failure:
@@ -309,7 +309,7 @@ def test_a_run_may_be_stopped_and_taken_up_again() -> None:
     with Scheduler(0) as world:
         process = world.process("a")
         process.spawn(lambda: time.sleep(10.0))
-        world.process("b").spawn(lambda: [time.sleep(1.0) for _ in range(10)])
+        world.process("b").spawn(in_turn(*[partial(time.sleep, 1.0)] * 10))
         world.run(until=lambda: world.clock >= 3.0)
         assert world.clock == 3.0
         assert not process.ended

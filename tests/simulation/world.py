@@ -50,8 +50,7 @@ class _Chosen(type):
 
 def _chosen(real_class: type, stand_in_class: type) -> type:
     # derives from the real class: code that derives from what it finds here must go on working
-    chosen = _Chosen(real_class.__name__, (real_class,), {"real": real_class, "stand_in": stand_in_class})
-    return chosen
+    return _Chosen(real_class.__name__, (real_class,), {"real": real_class, "stand_in": stand_in_class})
 
 
 _PATCHES: list[tuple[Any, str, Any]] = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.common.errors import DamagedObject, ObjectMissing, UserError
+from penstock.common.errors import DamagedObject, DataError, ObjectMissing, UserError
 from penstock.store.arrays import BFLOAT16
 from penstock.store.dataset import Chunk, Dataset, DatasetWriter, open_dataset
 from penstock.store.layout import commit_key
@@ -285,3 +285,92 @@ def test_a_fault_in_transfer_is_read_again(dataset: Dataset, monkeypatch: pytest
     seen = [row for batch in dataset.batches(HOOKS, 16, 3) for row in row_numbers(batch)]
     assert sorted(seen) == list(range(TOTAL))
     assert any(RESID in key for key in spoilt)
+
+
+class Mending(AsStored):
+    """A supply that notes what it was asked to mend, and does something about it."""
+
+    def __init__(self, act: Callable[[int], None]) -> None:
+        self.asked: list[tuple[int, str]] = []
+        self._act = act
+
+    def mend(self, chunk: int, error: DataError) -> None:
+        self.asked.append((chunk, str(error)))
+        self._act(chunk)
+
+
+def rows_of(*chunks: int) -> list[int]:
+    """Numbers of all rows of some chunks."""
+    edges = [sum(ROWS[:index]) for index in range(len(ROWS) + 1)]
+    return [row for index in chunks for row in range(edges[index], edges[index + 1])]
+
+
+def test_a_chunk_that_cannot_be_read_is_asked_for_until_it_can(tmp_path: Path) -> None:
+    dataset = make(tmp_path)
+    key = f"activations.zarr/acts/{RESID}/c/4/0"
+    whole = dataset.store.get(key)
+    dataset.store.delete(key)
+
+    def act(chunk: int) -> None:
+        dataset.store.put(key, whole if len(supply.asked) == 3 else b"not yet")
+
+    supply = Mending(act)
+    order = ReadingOrder(dataset.n_chunks, 1, 3, 5)
+    loader = WindowLoader(WindowReader(dataset, HOOKS, order, supply), 0)
+    found = [row_numbers(batch) for _ in range(order.n_windows) for batch in get(loader).batches(16)]
+    loader.close()
+    assert found == expected(dataset, order, 16)
+    assert [chunk for chunk, _ in supply.asked] == [4, 4, 4]
+    assert all("c/4/0" in error for _, error in supply.asked)
+
+
+def test_a_chunk_that_is_quarantined_while_it_is_mended_is_left_out(tmp_path: Path) -> None:
+    dataset = make(tmp_path)
+    dataset.store.delete(f"activations.zarr/acts/{RESID}/c/4/0")
+    supply = Mending(lambda chunk: dataset.store.put("quarantine/4.json", b""))
+    order = ReadingOrder(dataset.n_chunks, 2, 3, 5)
+    loader = WindowLoader(WindowReader(dataset, HOOKS, order, supply), 0)
+    windows = [get(loader) for _ in range(order.n_windows)]
+    loader.close()
+    assert [chunk for chunk, _ in supply.asked] == [4], "later windows do not try it"
+    for epoch in (0, 1):
+        part = [window for window in windows if window.window.epoch == epoch]
+        chunks = [chunk for window in part for chunk in window.chunks]
+        assert sorted(chunks) == [0, 1, 2, 3, 5, 6]
+        read = [row for window in part for batch in window.batches(16) for row in row_numbers(batch)]
+        assert sorted(read) == rows_of(0, 1, 2, 3, 5, 6)
+        assert sum(window.n_rows for window in part) == TOTAL - ROWS[4]
+
+
+def test_a_quarantined_chunk_is_not_even_awaited(tmp_path: Path) -> None:
+    dataset = make(tmp_path)
+    dataset.store.put("quarantine/4.json", b"")
+    order = ReadingOrder(dataset.n_chunks, 1, 1, 5)
+    asked: list[int] = []
+    loader = load(dataset, HOOKS, order, 0, lambda position, chunk: asked.append(chunk))
+    windows = [get(loader) for _ in range(order.n_windows)]
+    loader.close()
+    assert asked == [0, 1, 2, 3, 5, 6]
+    empty = windows[4]
+    assert (empty.chunks, empty.n_rows, list(empty.batches(16))) == ((), 0, [])
+    assert [window.chunks for window in windows] == [(0,), (1,), (2,), (3,), (), (5,), (6,)]
+
+
+def test_what_nobody_can_mend_is_raised(tmp_path: Path) -> None:
+    dataset = make(tmp_path)
+    dataset.store.delete(f"activations.zarr/acts/{RESID}/c/4/0")
+
+    def refuse(chunk: int) -> None:
+        raise ObjectMissing("nobody can make it again")
+
+    loader = WindowLoader(WindowReader(dataset, HOOKS, ReadingOrder(7, 1, 3, 0), Mending(refuse)), 1)
+    with pytest.raises(ObjectMissing, match="nobody can"):
+        loader.get(timeout=30)
+    loader.close()
+
+
+def test_a_dataset_that_keeps_only_a_window_is_read_by_runs_alone(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    dataset = Dataset(store, make_manifest(ROWS, retention="window"))
+    with pytest.raises(UserError, match="keeps only a window of its chunks: read it with a run"):
+        dataset.batches([RESID])

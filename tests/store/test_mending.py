@@ -208,8 +208,8 @@ def test_a_commit_is_restored_only_where_it_is_not(store: LocalStore, writer: Da
     before, files = digests(store), written(store)
     restore_commit(store, commit)
     assert written(store) == files
-    for spoil in (lambda: store.delete(commit_key(INDEX)), lambda: store.put(commit_key(INDEX), b"x")):
-        spoil()
+    for harm in ("missing", "truncated", "flipped"):
+        HARMS[harm](store, commit_key(INDEX))
         restore_commit(store, commit)
         assert digests(store) == before
 

@@ -1,8 +1,9 @@
 """A queue, quick pauses, and torch left as it was."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from penstock.producer import work as producer_work
 from penstock.store.dataset import Dataset
 from penstock.store.objects import open_store
 from penstock.trainer import mending, observer, supply, worker
-from services.runs import Bench
+from services.runs import Bench, digests, run_settings
 from services.synthetic import write_dataset
 from services.valkey import connected, fresh_prefix, valkey_server
 
@@ -33,6 +34,28 @@ def client(valkey: EmbeddedServer) -> Client:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """A finished synthetic dataset; nobody writes to it but submits."""
     return write_dataset(tmp_path_factory.mktemp("synthetic") / "dataset")
+
+
+@pytest.fixture(scope="session")
+def reference(
+    client: Client, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, str]]:
+    """Weights and optimizer states of undisturbed runs, by their settings."""
+    known: dict[str, dict[str, str]] = {}
+
+    def digests_of(**changes: Any) -> dict[str, str]:
+        key = run_settings(**changes).model_dump_json()
+        if key not in known:
+            directory = tmp_path_factory.mktemp("reference")
+            bench = Bench(open_store(str(directory)), client, fresh_prefix())
+            config = bench.submit(dataset, **changes)
+            bench.work()
+            head = bench.head(config)
+            assert head.status == "done"
+            known[key] = digests(head)
+        return known[key]
+
+    return digests_of
 
 
 @pytest.fixture

@@ -1,36 +1,24 @@
-"""Whole runs, from submit to the last head: whatever happens on the way, the weights are the same."""
+"""Whole runs, from submit to the last head: each row once per epoch, the same bits anywhere."""
 
-import random
-import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from penstock.common import metrics
-from penstock.common.embedded import EmbeddedServer
-from penstock.common.errors import ConfigError, DamagedObject, Fenced, ObjectMissing, UserError
+from penstock.common.errors import ConfigError, DamagedObject, ObjectMissing, UserError
 from penstock.common.permutation import permutation
-from penstock.common.redis import Client
 from penstock.store.dataset import Dataset, DatasetWriter
 from penstock.store.objects import open_store
 from penstock.trainer import mending
-from penstock.trainer.config import RunConfig
-from penstock.trainer.group import Group
-from penstock.trainer.lineage import Lineage, load_checkpoint, load_history, take_over
+from penstock.trainer.lineage import load_checkpoint, load_history, take_over
 from penstock.trainer.load import load_sae
-from penstock.trainer.observer import RunObserver
-from services.command import COMMAND
 from services.producing import CountingSource, Producer
-from services.runs import Bench, digests, run_settings, standard, topk
+from services.runs import Bench, digests, topk
 from services.synthetic import (
     CHUNKS,
     MLP,
@@ -40,78 +28,9 @@ from services.synthetic import (
     make_manifest,
     write_dataset,
 )
-from services.valkey import fresh_prefix
-from services.waiting import eventually
+from services.training import Batches, as_bytes, sample, stored_rows
 
 WINDOWS = 6
-
-
-class Killed(BaseException):
-    """Ends a worker in the middle of what it is doing."""
-
-
-class Batches:
-    """Spies on training: the bytes of every row of every step, by run."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: dict[str, dict[int, dict[str, list[bytes]]]] = {}
-        self.redone = 0
-        train_step = Group.train_step
-
-        def spying(group: Group, batch: dict[str, torch.Tensor]) -> None:
-            steps = self.rows.setdefault(group.config.run_id, {})
-            rows = {hook: as_bytes(acts.view(torch.int16).numpy()) for hook, acts in batch.items()}
-            if group.step in steps:
-                self.redone += 1
-                assert steps[group.step] == rows, "a step was redone with other rows"
-            steps[group.step] = rows
-            train_step(group, batch)
-
-        monkeypatch.setattr(Group, "train_step", spying)
-
-    def trained(self, config: RunConfig, hook: str) -> list[bytes]:
-        """Rows in the order they were trained on."""
-        steps = self.rows[config.run_id]
-        assert sorted(steps) == list(range(config.total_steps()))
-        return [row for step in sorted(steps) for row in steps[step][hook]]
-
-
-def as_bytes(rows: "np.ndarray[Any, np.dtype[Any]]") -> list[bytes]:
-    return [row.tobytes() for row in rows]
-
-
-def stored_rows(dataset: Dataset, hook: str) -> Counter[bytes]:
-    return Counter(
-        row
-        for index in range(CHUNKS)
-        for row in as_bytes(dataset.read_chunk(index, [hook]).acts[hook].view(np.int16))
-    )
-
-
-def sample(name: str, **labels: str) -> float:
-    return metrics.REGISTRY.get_sample_value(name, labels) or 0.0
-
-
-@pytest.fixture(scope="module")
-def reference(
-    client: Client, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[str, str]]:
-    """Weights and optimizer states of undisturbed runs, by their settings."""
-    known: dict[str, dict[str, str]] = {}
-
-    def digests_of(**changes: Any) -> dict[str, str]:
-        key = run_settings(**changes).model_dump_json()
-        if key not in known:
-            directory = tmp_path_factory.mktemp("reference")
-            bench = Bench(open_store(str(directory)), client, fresh_prefix())
-            config = bench.submit(dataset, **changes)
-            bench.work()
-            head = bench.head(config)
-            assert head.status == "done"
-            known[key] = digests(head)
-        return known[key]
-
-    return digests_of
 
 
 class TestUndisturbed:
@@ -268,257 +187,6 @@ class TestStreaming:
         assert digests(bench.head(config)) == reference()
 
 
-@contextmanager
-def interrupted(how: str, after: int, stop: threading.Event) -> Iterator[None]:
-    """For one worker's life: something happens to it after a number of steps or head creations."""
-    left = after
-    with pytest.MonkeyPatch.context() as patch:
-        stepped, create, put = RunObserver.stepped, Lineage._create, Lineage._store_history
-
-        def count_step(observer: RunObserver, group: Group, seconds: float) -> None:
-            nonlocal left
-            stepped(observer, group, seconds)
-            left -= 1
-            if left == 0:
-                if how == "stop":
-                    stop.set()
-                else:
-                    raise Killed
-
-        def count_create(lineage: Lineage, head: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left <= 0 and how == "killed before a head":
-                raise Killed
-            create(lineage, head)
-            if left <= 0:
-                raise Killed
-
-        def count_history(lineage: Lineage, *arguments: Any) -> str | None:
-            nonlocal left
-            left -= 1
-            if left <= 0:
-                raise Killed
-            return put(lineage, *arguments)
-
-        if how in ("stop", "killed in a step"):
-            patch.setattr(RunObserver, "stepped", count_step)
-        elif how == "killed while storing":
-            patch.setattr(Lineage, "_store_history", count_history)
-        else:
-            patch.setattr(Lineage, "_create", count_create)
-        yield
-
-
-@contextmanager
-def working(bench: Bench) -> Iterator[threading.Event]:
-    """A worker in a thread, asked to stop at the end of the block at the latest."""
-    stop = threading.Event()
-    worker = threading.Thread(target=bench.work, args=(stop,), daemon=True)
-    worker.start()
-    try:
-        yield stop
-    finally:
-        stop.set()
-        worker.join()
-
-
-class TestDisturbed:
-    @pytest.mark.parametrize(
-        ("how", "most"),
-        [
-            ("stop", 40),
-            ("killed in a step", 40),
-            ("killed while storing", 2),
-            ("killed before a head", 3),
-            ("killed after a head", 3),
-        ],
-    )
-    def test_workers_that_come_and_go_change_nothing(
-        self,
-        bench: Bench,
-        dataset: Dataset,
-        reference: Callable[..., dict[str, str]],
-        monkeypatch: pytest.MonkeyPatch,
-        how: str,
-        most: int,
-    ) -> None:
-        batches = Batches(monkeypatch)
-        config = bench.submit(dataset, epochs=2)
-        chance = random.Random(how)
-        workers = 0
-        while not bench.ended(config):
-            workers += 1
-            assert workers < 60, "no progress"
-            stop = threading.Event()
-            with suppress(Killed), interrupted(how, chance.randint(1, most), stop):
-                bench.work(stop)
-        assert workers >= 4
-        assert digests(bench.head(config)) == reference(epochs=2)
-        for hook in (RESID, MLP):
-            trained = batches.trained(config, hook)
-            assert (
-                Counter(trained[: sum(ROWS)]) == Counter(trained[sum(ROWS) :]) == stored_rows(dataset, hook)
-            )
-        assert sorted(int(Path(key).stem) for key in bench.all_heads(config)) == list(
-            range(bench.head(config).n + 1)
-        )
-        history = load_history(bench.runs, config.run_id, bench.head(config))
-        steps = [point["step"] for point in history]
-        assert len(steps) == 2 * WINDOWS
-        assert steps == sorted(set(steps))
-
-    def test_redis_that_forgets_everything_changes_nothing(
-        self,
-        bench: Bench,
-        tmp_path: Path,
-        reference: Callable[..., dict[str, str]],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        dataset = write_dataset(tmp_path / "dataset", indices=range(8))
-        config = bench.submit(dataset)
-        ended = RunObserver.window_ended
-
-        def forget(observer: RunObserver, group: Group, seconds: float) -> None:
-            ended(observer, group, seconds)
-            for key in list(bench.client.scan_iter(f"{bench.redis.prefix}:*")):
-                bench.client.delete(key)
-            if group.position == 6:
-                write_dataset(tmp_path / "dataset", indices=range(8, CHUNKS))
-
-        monkeypatch.setattr(RunObserver, "window_ended", forget)
-        bench.work()
-        assert digests(bench.head(config)) == reference()
-        assert len(bench.heads(config)) == 4, "nobody took the run over"
-
-    def test_a_replaced_worker_stops_and_what_it_did_is_discarded(
-        self,
-        bench: Bench,
-        dataset: Dataset,
-        reference: Callable[..., dict[str, str]],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        config = bench.submit(dataset)
-        ended = RunObserver.window_ended
-        replaced: list[int] = []
-
-        def freeze(observer: RunObserver, group: Group, seconds: float) -> None:
-            ended(observer, group, seconds)
-            if group.position == 9 and not replaced:
-                lineage = take_over(bench.runs, config.run_id, bench.head(config).environment)
-                assert lineage is not None
-                replaced.append(lineage.head.n)
-
-        monkeypatch.setattr(RunObserver, "window_ended", freeze)
-        fenced, takeovers = sample("sae_fenced_total"), sample("sae_takeovers_total")
-        bench.work()
-        assert sample("sae_fenced_total") == fenced + 1
-        assert sample("sae_takeovers_total") == takeovers + 1
-        heads = bench.heads(config)
-        assert replaced == [2]
-        assert [(h.n, h.kind, h.position) for h in heads] == [
-            (0, "takeover", 0),
-            (1, "progress", 6),
-            (2, "takeover", 6),
-            (3, "takeover", 6),
-            (4, "progress", 12),
-            (5, "progress", 16),
-        ]
-        assert digests(heads[-1]) == reference()
-
-    def test_two_workers_at_once_share_one_lineage(
-        self, bench: Bench, dataset: Dataset, reference: Callable[..., dict[str, str]]
-    ) -> None:
-        configs = [bench.submit(dataset, name=name) for name in ("a", "b", "c")]
-        workers = [threading.Thread(target=bench.work, daemon=True) for _ in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        for config in configs:
-            assert digests(bench.head(config)) == reference()
-
-    def test_a_damaged_checkpoint_costs_work_and_nothing_else(
-        self, bench: Bench, dataset: Dataset, reference: Callable[..., dict[str, str]]
-    ) -> None:
-        config = bench.submit(dataset, head_interval=1)
-        stop = threading.Event()
-        with interrupted("stop", 35, stop):
-            bench.work(stop)
-        head = bench.head(config)
-        assert head.position == 9
-        bench.runs.put(f"{config.run_id}/{head.checkpoint['optimizer/l1'].key}", b"nothing")
-        bench.work()
-        takeover = bench.heads(config)[3]
-        assert (takeover.kind, takeover.parent, takeover.position) == ("takeover", head.n - 1, 6)
-        assert str(takeover.reason).startswith(f"fell back from head {head.n}")
-        assert digests(bench.head(config)) == reference(head_interval=1)
-
-
-class TestHandingOver:
-    @pytest.mark.parametrize("submitted", ["together", "later"])
-    def test_a_waiting_worker_goes_to_the_run_that_lies_behind(
-        self,
-        bench: Bench,
-        tmp_path: Path,
-        reference: Callable[..., dict[str, str]],
-        submitted: str,
-    ) -> None:
-        dataset = write_dataset(tmp_path / "dataset", indices=range(10))
-        first = bench.submit(dataset, name="first", head_interval=5)
-        together = bench.submit(dataset, name="second") if submitted == "together" else None
-        with working(bench):
-            if together is None:
-                eventually(lambda: bench.position(first) == 0)
-                time.sleep(0.5)
-            second = together or bench.submit(dataset, name="second")
-            eventually(lambda: (bench.position(first), bench.position(second)) == (9, 6))
-            assert bench.head(first).kind == "progress"
-            assert len(load_history(bench.runs, first.run_id, bench.head(first))) == 3
-            write_dataset(tmp_path / "dataset")
-            eventually(lambda: bench.ended(first) and bench.ended(second))
-        assert digests(bench.head(first)) == reference(head_interval=5)
-        assert digests(bench.head(second)) == reference()
-
-    def test_a_run_that_lies_ahead_does_not_take_the_worker_away(
-        self, bench: Bench, tmp_path: Path, dataset: Dataset
-    ) -> None:
-        ahead = bench.submit(dataset, name="ahead", head_interval=1)
-        stop = threading.Event()
-        with interrupted("stop", 35, stop):
-            bench.work(stop)
-        assert bench.position(ahead) == 9
-        unfinished = write_dataset(tmp_path / "unfinished", indices=range(4))
-        behind = bench.submit(unfinished, name="behind", head_interval=1)
-        with working(bench):
-            eventually(lambda: bench.position(behind) == 3)
-            time.sleep(1.2)
-        assert bench.position(ahead) == 9
-        assert [head.kind for head in bench.heads(behind)] == ["takeover", "progress"]
-
-
-class TestStopping:
-    def test_a_stop_while_waiting_commits_what_was_done(self, bench: Bench, tmp_path: Path) -> None:
-        dataset = write_dataset(tmp_path / "dataset", indices=range(4))
-        config = bench.submit(dataset, name="waiting")
-        with working(bench) as stop:
-            eventually(lambda: sample("sae_data_wait_seconds_total", run=config.run_id) > 0.7)
-            assert bench.position(config) == 0
-            started = time.monotonic()
-            stop.set()
-        assert time.monotonic() - started < 5
-        assert bench.position(config) == 3
-        assert not bench.head(config).terminal
-
-    def test_a_stop_within_a_window_discards_it(self, bench: Bench, dataset: Dataset) -> None:
-        config = bench.submit(dataset, head_interval=1)
-        stop = threading.Event()
-        with interrupted("stop", 13, stop):
-            bench.work(stop)
-        assert bench.head(config).position == 3
-        assert list(bench.client.scan_iter(f"{bench.redis.prefix}:*:lease:*")) == []
-
-
 class TestDiverging:
     @pytest.fixture
     def poisoned(self, tmp_path: Path) -> tuple[Dataset, int]:
@@ -635,63 +303,3 @@ class TestLoading:
         with pytest.raises(DamagedObject, match="is damaged"):
             load_sae(url, "l1")
         assert load_sae(url + "/", "topk").d_sae == 64, "the other SAE is whole"
-
-
-class TestKilledProcess:
-    def test_another_process_carries_on_to_the_same_bits(
-        self,
-        client: Client,
-        valkey: EmbeddedServer,
-        dataset: Dataset,
-        tmp_path: Path,
-    ) -> None:
-        """`penstock train` is killed with SIGKILL in the middle of its steps."""
-        changes: dict[str, Any] = {
-            "batch_rows": 4,
-            "window_chunks": 1,
-            "head_interval": 1,
-            "epochs": 2,
-            "saes": [topk(), standard()],
-        }
-        prefix = fresh_prefix()
-        bench = Bench(open_store(str(tmp_path / "runs")), client, prefix)
-        config = bench.submit(dataset, **changes)
-        settings = {
-            "workdir": str(tmp_path),
-            "runs_url": bench.runs.url,
-            "dataset": {"url": dataset.url, "hooks": [RESID, MLP]},
-            "redis": {"url": valkey.url, "prefix": prefix, "lease_seconds": 1.0},
-            "metrics": {"port": -1},
-        }
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-        arguments = [*COMMAND, "train", "--drain", str(tmp_path / "config.yaml")]
-
-        with open(tmp_path / "log", "wb") as log:
-            process = subprocess.Popen(arguments, stdout=log, stderr=log)
-            try:
-                eventually(lambda: process.poll() is not None or bench.position(config) >= 5, 60)
-            finally:
-                process.kill()
-                process.wait()
-            killed_at = bench.head(config)
-            assert 5 <= killed_at.position < 2 * CHUNKS, (tmp_path / "log").read_text()
-            subprocess.run(arguments, stdout=log, stderr=log, check=True, timeout=120)
-
-        heads = bench.heads(config)
-        assert heads[-1].status == "done"
-        assert [h.position for h in heads if h.kind == "takeover"] == [0, killed_at.position]
-        undisturbed = Bench(open_store(str(tmp_path / "undisturbed")), client, fresh_prefix())
-        again = undisturbed.submit(dataset, **changes)
-        undisturbed.work()
-        expected = {head.position: digests(head) for head in undisturbed.heads(again)}
-        differing = [head.position for head in heads if digests(head) != expected[head.position]]
-        assert differing == []
-
-
-def test_a_fenced_lineage_raises(bench: Bench, dataset: Dataset) -> None:
-    config = bench.submit(dataset)
-    old = take_over(bench.runs, config.run_id, {})
-    take_over(bench.runs, config.run_id, {})
-    assert old is not None
-    with pytest.raises(Fenced):
-        old.end("cancelled", "too late")
