@@ -20,7 +20,8 @@ ATTEMPTS = 6
 LAST_ATTEMPT_AFTER = 60.0
 """Seconds after the start of the first attempt; none begins later."""
 FIRST_PAUSE = 0.2
-"""Upper bound, in seconds, of the random pause after the first attempt; each later bound is twice as long."""
+"""Upper bound, in seconds, of the random pause after the first attempt; each later bound is twice as long.
+No pause is shorter than half of it: a service that is away for a moment must not use up all attempts."""
 LONGEST_PAUSE = 5.0
 """Seconds."""
 
@@ -69,7 +70,7 @@ def retrying(
     return Retrying(
         retry=retry_if_exception(is_transient),
         stop=enough,
-        wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=bounds.longest_pause),
+        wait=wait_random_exponential(FIRST_PAUSE, bounds.longest_pause, min=FIRST_PAUSE / 2),
         before_sleep=tell,
         sleep=sleep,
         reraise=True,

@@ -90,21 +90,27 @@ def load_config(path: str, workdir: str | None = None) -> Config:
     names = [run.name for run in config.runs]
     if len(set(names)) != len(names):
         raise ConfigError(f"{path}: runs: two runs have the same name")
-    base = Path(config.workdir).expanduser().absolute()
+    base = _expanded(config.workdir, f"{path}: workdir").absolute()
+
+    def resolved(url: str, field: str) -> str:
+        return url if "://" in url else str(base / _expanded(url, f"{path}: {field}"))
+
     return config.model_copy(
         update={
             "workdir": str(base),
-            "runs_url": resolve_url(base, config.runs_url),
-            "corpus": _with_url(config.corpus, base),
-            "dataset": _with_url(config.dataset, base),
+            "runs_url": resolved(config.runs_url, "runs_url"),
+            "corpus": _with_url(config.corpus, resolved(config.corpus.url, "corpus.url")),
+            "dataset": _with_url(config.dataset, resolved(config.dataset.url, "dataset.url")),
         }
     )
 
 
-def _with_url(settings: Any, base: Path) -> Any:
-    return settings.model_copy(update={"url": resolve_url(base, settings.url)})
+def _with_url(settings: Any, url: str) -> Any:
+    return settings.model_copy(update={"url": url})
 
 
-def resolve_url(base: Path, url: str) -> str:
-    """A URL with a scheme as it is; a path made absolute, relative ones below `base`."""
-    return url if "://" in url else str(base / Path(url).expanduser())
+def _expanded(path: str, field: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{field}: {path}: there is no such home directory") from error

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from penstock.common.errors import Fenced, ObjectMissing, UserError
+from penstock.common.errors import Fenced, ObjectMissing, Unavailable, UserError
 from penstock.deploy.look import kind_of
 from penstock.store.layout import config_key, copy_key, detached_key, reader_key
 from penstock.store.objects import ObjectStore, open_store
@@ -12,21 +12,23 @@ from penstock.store.retention import detach_reader, readers
 def cancel(run_url: str) -> str:
     """End a run with a terminal head; whoever trains it is fenced off and stops."""
     from penstock.store.heads import newest_head
-    from penstock.trainer.lineage import take_over
+    from penstock.trainer.config import load_run_config
+    from penstock.trainer.lineage import TAKEOVER_TRIES, take_over
     from penstock.trainer.load import split_run_url
 
     runs, run_id = split_run_url(run_url)
-    while True:
-        lineage = take_over(runs, run_id, environment={})
+    start = load_run_config(runs, run_id).dataset.start
+    for _ in range(TAKEOVER_TRIES):
+        lineage = take_over(runs, run_id, environment={}, start=start)
         if lineage is None:
             ended = newest_head(runs, run_id)
             return f"run {run_id} had ended already: {ended.status if ended else 'unknown'}"
         try:
             head = lineage.end("cancelled", "cancelled by command")
-            break
+            return f"run {run_id} is cancelled at position {head.position}, step {head.step}"
         except Fenced:
             continue  # a worker took it over in between
-    return f"run {run_id} is cancelled at position {head.position}, step {head.step}"
+    raise Unavailable(f"run {run_id}: workers took it over {TAKEOVER_TRIES} times in between; try again")
 
 
 def detach(run_url: str) -> str:

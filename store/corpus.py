@@ -103,7 +103,10 @@ class Corpus:
         data = self.store.get(DOCUMENTS)
         if crc32c(data) != self.manifest.documents_crc32c:
             raise DamagedObject(f"{self.store.url}/{DOCUMENTS} is damaged: build the corpus again")
-        return list(decode_record(data, DOCUMENTS)["paths"])
+        paths = decode_record(data, DOCUMENTS).get("paths")
+        if not isinstance(paths, list):
+            raise DamagedObject(f"{self.store.url}/{DOCUMENTS} is not a list of documents")
+        return paths
 
     def _read(self, split: str, name: str, start: int, stop: int) -> npt.NDArray[np.int32]:
         if not 0 <= start <= stop <= self.n_sequences(split):

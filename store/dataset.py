@@ -98,8 +98,16 @@ class Dataset:
         return committed_indices(self.store, self.n_chunks)
 
     def commit(self, index: int) -> Commit:
-        """The commit of a chunk; `ObjectMissing` if there is none."""
-        return read_commit(self.store, index)
+        """The commit of a chunk.
+
+        Raises:
+            ObjectMissing: there is none.
+            DamagedObject: it is damaged, or not one of this dataset.
+        """
+        commit = read_commit(self.store, index)
+        if commit.objects.keys() != self._specs.keys() or len(commit.moments) != len(self.manifest.hooks):
+            raise DamagedObject(f"{self.url}: the commit of chunk {index} is not one of this dataset")
+        return commit
 
     def read_chunk(self, index: int, hooks: Sequence[str] | None = None) -> Chunk:
         """Read the used rows of a committed chunk, every object checked against the commit.

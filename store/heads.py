@@ -6,7 +6,7 @@ its chain of parents are the run; whoever keeps data for a run asks them how far
 
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
@@ -60,7 +60,7 @@ class Head(_Part):
     position: NonNegativeInt
     step: NonNegativeInt
     rows: NonNegativeInt
-    environment: dict[str, Any]
+    environment: dict[Annotated[str, Field(pattern=r"^[a-z]+$")], str | int | bool]
     checkpoint: dict[str, StoredFile] = {}
     history: str | None = None
     metrics: dict[str, dict[str, float]] = {}
@@ -96,6 +96,8 @@ def read_head(runs: ObjectStore, run_id: str, n: int) -> Head:
         head = Head.model_validate(record)
     except ValidationError as error:
         raise DamagedObject(f"{runs.url}/{key} is not a head") from error
+    if record.keys() != Head.model_fields.keys():
+        raise DamagedObject(f"{runs.url}/{key} is not a head: a field is missing")
     if head.n != n or (head.parent is not None and head.parent >= n):
         raise DamagedObject(f"{runs.url}/{key} does not belong there: it is head {head.n}")
     return head

@@ -28,6 +28,8 @@ class LocalStore(ObjectStore):
     """Objects below a directory of a file system with hard links."""
 
     def __init__(self, path: str) -> None:
+        if "\0" in path:
+            raise StoreError(f"{path!r}: a path cannot hold a NUL character")
         self.root = Path(path).absolute()
         self.url = str(self.root)
 

@@ -143,7 +143,10 @@ def open_store(url: str) -> ObjectStore:
     Raises:
         StoreError: the URL's scheme has no backend here.
     """
-    scheme = urlsplit(url).scheme if "://" in url else "file"
+    try:
+        scheme = urlsplit(url).scheme if "://" in url else "file"
+    except ValueError as error:
+        raise StoreError(f"{url}: not a URL ({error})") from error
     if scheme == "file":
         from penstock.store.local import LocalStore
 

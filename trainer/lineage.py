@@ -5,16 +5,21 @@ stops. Taking a run over is a head too, so that a worker that was only slow is f
 """
 
 import hashlib
+import random
 import time
 import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from penstock.common.errors import DamagedObject, DataError, Fenced, ObjectMissing
+from penstock.common.errors import DamagedObject, DataError, Fenced, ObjectMissing, Unavailable
 from penstock.common.logs import LOGGER
 from penstock.store.heads import Head, Status, StoredFile, chain, kept_checkpoints, newest_head, read_head
 from penstock.store.layout import FORMAT_VERSION, checkpoint_prefix, head_key, history_key
+from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
+
+TAKEOVER_TRIES = 50
+"""Attempts at the next head number; each one lost means that somebody else has made it."""
 
 
 class Lineage:
@@ -141,7 +146,9 @@ def load_history(runs: ObjectStore, run_id: str, head: Head | None) -> list[dict
     points: list[dict[str, Any]] = []
     for link in reversed(chain(runs, run_id, head)):
         if link.history:
-            found = runs.get_record(f"{run_id}/{link.history}").get("points")
+            record = runs.get_record(f"{run_id}/{link.history}")
+            check_format(record, f"{runs.url}/{run_id}/{link.history}")
+            found = record.get("points")
             if not isinstance(found, list):
                 raise DamagedObject(f"{runs.url}/{run_id}/{link.history} is not a metric history")
             points += found
@@ -158,8 +165,11 @@ def take_over(runs: ObjectStore, run_id: str, environment: dict[str, Any], start
 
     Returns:
         The lineage, or None if the run has ended.
+
+    Raises:
+        Unavailable: others keep being faster.
     """
-    while True:
+    for attempt in range(TAKEOVER_TRIES):
         newest = newest_head(runs, run_id)
         if newest is not None and newest.terminal:
             return None
@@ -169,7 +179,9 @@ def take_over(runs: ObjectStore, run_id: str, environment: dict[str, Any], start
             lineage._create(lineage.head)
             return lineage
         except Fenced:
-            continue  # someone else took it over in between: look again
+            LOGGER.info("run %s: someone else was faster to continue it; looking again", run_id)
+            time.sleep(random.uniform(0.0, 0.1 * (attempt + 1)))
+    raise Unavailable(f"run {run_id}: others were faster to take it over {TAKEOVER_TRIES} times in a row")
 
 
 def _takeover_head(

@@ -12,8 +12,7 @@ from penstock.common.redis import Client
 from penstock.producer.work import Task
 from penstock.store.arrays import dataset_arrays
 from penstock.store.dataset import Dataset, DatasetWriter, open_dataset
-from penstock.store.heads import Head, StoredFile
-from penstock.store.layout import ARRAYS, commit_key, config_key, head_key
+from penstock.store.layout import ARRAYS, commit_key, config_key
 from penstock.store.local import LocalStore
 from penstock.store.queue import ChunkQueue
 from penstock.store.retention import Reader, newest_floor, register_reader
@@ -22,6 +21,7 @@ from services.synthetic import CHUNKS, SyntheticSource, make_manifest, write_dat
 from services.trees import tree_digests
 from services.valkey import fresh_prefix
 from services.waiting import eventually
+from services.windows import commit_heads
 
 MANIFEST = make_manifest(retention="window")
 BUDGET = 4
@@ -32,31 +32,12 @@ class Reading:
 
     def __init__(self, dataset: Dataset, runs: Path, run: str) -> None:
         self.run = run
-        self._dataset = dataset
         self._runs = LocalStore(str(runs))
-        self._heads = 0
         start = register_reader(dataset.store, Reader(run, self._runs.url, 0, 1))
         self._runs.create_guarded(config_key(run), {"format_version": 1, "dataset": {"start": start}})
 
-    def train(self, *positions: int, status: str = "running") -> None:
-        for position in positions:
-            n, self._heads = self._heads, self._heads + 1
-            file = StoredFile(key=f"checkpoints/{n}-w/sae/a.safetensors", size=1, sha256="0")
-            head = Head.model_validate(
-                {
-                    "n": n,
-                    "parent": n - 1 if n else None,
-                    "writer": "w",
-                    "kind": "progress",
-                    "status": status,
-                    "position": position,
-                    "step": 0,
-                    "rows": 0,
-                    "environment": {},
-                    "checkpoint": {"a": file},
-                }
-            )
-            assert self._runs.create_guarded(head_key(self.run, n), head.record())
+    def train(self, *positions: int) -> None:
+        commit_heads(self._runs, self.run, *positions)
 
 
 @pytest.fixture
@@ -81,13 +62,13 @@ def test_the_budget_blocks_and_the_producer_says_for_whom(
     producer = producer_of(client, dataset, fresh_prefix())
     thread = producer.start()
     eventually(lambda: "a run to be submitted" in producer.work.waiting)
-    assert dataset.committed() == set(range(BUDGET))
+    eventually(lambda: dataset.committed() == set(range(BUDGET)))
     run = Reading(dataset, tmp_path / "runs", "run-a")
     eventually(lambda: "run run-a, which still needs chunk 0" in producer.work.waiting)
     assert producer.work.waiting.startswith("budget: ")
     run.train(2, 3)
     eventually(lambda: "run run-a, which still needs chunk 2" in producer.work.waiting)
-    assert dataset.committed() == set(range(2 + BUDGET))
+    eventually(lambda: dataset.committed() == set(range(2 + BUDGET)))
     assert stored(dataset) == set(range(2, 2 + BUDGET))
     for position in range(4, CHUNKS - 1, 2):
         eventually(partial(dataset.store.exists, commit_key(position - 1)))

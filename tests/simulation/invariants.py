@@ -55,7 +55,9 @@ class Invariants:
         """A feed holds consecutive positions, each with the chunk that stands there."""
         stream = self._redis.database.values[key]
         run_id = key.split(":feed:")[1].split(":")[0]
-        (config,) = (config for config in self._configs.values() if config.run_id == run_id)
+        config = next((config for config in self._configs.values() if config.run_id == run_id), None)
+        if config is None:  # its submitter does not know yet that it exists
+            return self._wake_readers(key)
         assert isinstance(stream, Stream)
         positions = [stream_id[0] - 1 for stream_id, _ in stream.entries]
         chunks = [["chunk", str(config.order.chunk_at(position))] for position in positions]

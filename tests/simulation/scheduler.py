@@ -550,6 +550,45 @@ class Event(_RealEvent):
         return self.is_set()
 
 
+class Lock:
+    """A `threading.Lock` for whose release actors wait in virtual time."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiters: list[Actor] = []
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        scheduler = current()
+        end = None if scheduler is None or timeout < 0 else scheduler.clock + timeout
+        while self._held:
+            if not blocking or (end is not None and scheduler is not None and scheduler.clock >= end):
+                return False
+            if scheduler is None or scheduler.actor is None:
+                raise RuntimeError("an actor holds this lock, and no actor can run now")
+            scheduler.wait(self._waiters, None if end is None else end - scheduler.clock, "waits for a lock")
+        self._held = True
+        return True
+
+    def release(self) -> None:
+        if not self._held:
+            raise RuntimeError("release unlocked lock")
+        self._held = False
+        if self._waiters and (scheduler := current()) is not None:
+            for actor in self._waiters:
+                scheduler.wake(actor)
+
+    def locked(self) -> bool:
+        return self._held
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
 class Thread:
     """A `threading.Thread` that is an actor of the process that starts it."""
 

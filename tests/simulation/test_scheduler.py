@@ -305,6 +305,42 @@ def test_threads_of_a_process_are_actors() -> None:
         assert seen == ["beat"] * 3
 
 
+def test_a_lock_held_over_a_turn_is_waited_for() -> None:
+    seen: list[str] = []
+    with Scheduler(0) as world:
+        lock = threading.Lock()
+
+        def hold(name: str) -> None:
+            with lock:
+                seen.append(f"{name} in")
+                time.sleep(1.0)
+                assert not lock.acquire(timeout=0.5)
+                seen.append(f"{name} out")
+
+        process = world.process("a")
+        for name in "ab":
+            process.spawn(partial(hold, name), name)
+        world.run()
+        assert [entry[2:] for entry in seen] == ["in", "out"] * 2
+        assert world.clock == 3.0
+        assert not lock.locked()
+
+
+def test_whoever_dies_with_a_lock_gives_it_up() -> None:
+    with Scheduler(0) as world:
+        lock = threading.Lock()
+
+        def hold() -> None:
+            with lock:
+                time.sleep(100.0)
+
+        a, b = world.process("a"), world.process("b")
+        a.spawn(hold)
+        b.spawn(in_turn(partial(time.sleep, 5.0), a.crash, lock.acquire))
+        world.run()
+        assert world.clock == 5.0
+
+
 def test_a_run_may_be_stopped_and_taken_up_again() -> None:
     with Scheduler(0) as world:
         process = world.process("a")

@@ -1,4 +1,4 @@
-"""What code under test takes from the world around it: clocks, chance, events and threads.
+"""What code under test takes from the world around it: clocks, chance, events, locks and threads.
 
 `patched_world` replaces these where they are looked up by attribute (`time.monotonic()`, `uuid.uuid4()`).
 In a thread that is in no simulation everything is as it was, so one `with` around ten thousand schedules
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from simulation.scheduler import Event, Scheduler, Thread, current
+from simulation.scheduler import Event, Lock, Scheduler, Thread, current
 
 _REAL_SLEEP = time.sleep
 
@@ -58,17 +58,18 @@ _PATCHES: list[tuple[Any, str, Any]] = [
     (time, "monotonic", _unless_simulated(time.monotonic, Scheduler.monotonic)),
     (time, "perf_counter", _unless_simulated(time.perf_counter, Scheduler.monotonic)),
     (time, "sleep", _sleep),
+    (threading, "Lock", _unless_simulated(threading.Lock, lambda _: Lock())),
     (uuid, "uuid4", _unless_simulated(uuid.uuid4, Scheduler.uuid4)),
 ]
 
 
 @contextmanager
 def patched_world() -> Iterator[None]:
-    """Code in a simulation sees the simulation's clocks, chance, events and threads.
+    """Code in a simulation sees the simulation's clocks, chance, events, locks and threads.
 
     Patched: `time.time`, `time.monotonic`, `time.perf_counter`, `time.sleep`, `uuid.uuid4`,
-    `threading.Event` and `threading.Thread`. The module-level functions of `random` are seeded by the
-    scheduler itself. Thread pools do not work in a simulation; using one is an error.
+    `threading.Event`, `threading.Lock` and `threading.Thread`. The module-level functions of `random` are
+    seeded by the scheduler itself. Thread pools do not work in a simulation; using one is an error.
     """
     patches = [
         *_PATCHES,

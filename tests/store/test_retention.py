@@ -1,6 +1,5 @@
 """Retention: how far chunks may be made, what may go, and that nothing goes that was promised."""
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,10 @@ import pytest
 
 from penstock.common.errors import DamagedObject, StoreError, UserError
 from penstock.store.arrays import dataset_arrays
-from penstock.store.dataset import Dataset
-from penstock.store.heads import Head, StoredFile, newest_head
 from penstock.store.layout import ARRAYS, config_key, floor_key, head_key, reader_key
-from penstock.store.local import LocalStore
 from penstock.store.objects import ObjectStore
 from penstock.store.retention import (
     Reader,
-    Retention,
     budget_chunks,
     check_quota,
     delete_chunk,
@@ -26,84 +21,14 @@ from penstock.store.retention import (
     newest_floor,
     read_reader,
     readers,
-    register_reader,
 )
 from services.synthetic import make_manifest, write_dataset
-
-CHUNKS = 12
-ROWS = [20] * CHUNKS
-MANIFEST = make_manifest(ROWS, retention="window")
-BUDGET = 4
-
-
-class Window:
-    """A dataset that keeps a window, and runs that read it."""
-
-    def __init__(self, directory: Path, made: int = CHUNKS) -> None:
-        self.dataset: Dataset = write_dataset(directory / "dataset", MANIFEST, range(made))
-        self.store = self.dataset.store
-        self.runs = LocalStore(str(directory / "runs"))
-
-    def deleter(self, **changes: Any) -> Retention:
-        return Retention(self.store, MANIFEST, **{"budget_chunks": BUDGET} | changes)
-
-    def register(self, run: str, needs: int = 1) -> int:
-        """Create a reader's record; it is not submitted yet."""
-        return register_reader(self.store, Reader(run, self.runs.url, 0, needs))
-
-    def configure(self, run: str, start: int) -> None:
-        self.runs.create_guarded(config_key(run), {"format_version": 1, "dataset": {"start": start}})
-
-    def submit(self, run: str) -> int:
-        """As `submit_run` does it; returns where the run begins."""
-        start = self.register(run)
-        self.configure(run, start)
-        return start
-
-    def train(self, run: str, *positions: int, status: str = "running", when: float | None = None) -> None:
-        """Commit heads with a checkpoint each."""
-        for position in positions:
-            newest = newest_head(self.runs, run)
-            n = 0 if newest is None else newest.n + 1
-            file = StoredFile(key=f"checkpoints/{n}-w/sae/a.safetensors", size=1, sha256="0")
-            head = Head.model_validate(
-                {
-                    "n": n,
-                    "parent": None if newest is None else newest.n,
-                    "writer": "w",
-                    "kind": "progress",
-                    "status": status,
-                    "position": position,
-                    "step": 0,
-                    "rows": 0,
-                    "environment": {},
-                    "checkpoint": {"a": file},
-                    "time": time.time() if when is None else when,
-                }
-            )
-            assert self.runs.create_guarded(head_key(run, n), head.record())
-
-    def stored(self) -> set[int]:
-        """Chunks that have all their objects; every other has none."""
-        keys = {key for key, _ in self.store.list(f"{ARRAYS}/")}
-        specs = dataset_arrays(MANIFEST)
-        counts = {i: sum(spec.key(ARRAYS, i) in keys for spec in specs) for i in range(CHUNKS)}
-        assert set(counts.values()) <= {0, len(specs)}
-        return {index for index, count in counts.items() if count}
-
-    def floors(self) -> list[int]:
-        """All floors in order of their number, which must be dense."""
-        keys = [key for key, _ in self.store.list("floor/") if key.endswith(".json")]
-        return [self.store.get_record(floor_key(n))["floor"] for n in range(len(keys))]
+from services.windows import BUDGET, CHUNKS, MANIFEST, ROWS, Window, all_from
 
 
 @pytest.fixture
 def window(tmp_path: Path) -> Window:
     return Window(tmp_path)
-
-
-def all_from(index: int) -> set[int]:
-    return set(range(index, CHUNKS))
 
 
 class TestLimit:
@@ -243,140 +168,6 @@ class TestFloor:
         assert window.register("a") == 0
         assert read_reader(window.store, "a") == Reader("a", window.runs.url, 0, 1)
         assert [reader.run for reader in readers(window.store)] == ["a"]
-
-
-class TestRegisteringWhileTheFloorIsRaised:
-    """Whoever registers is either seen by the deleter, or sees the new floor."""
-
-    def hooked(
-        self,
-        window: Window,
-        monkeypatch: pytest.MonkeyPatch,
-        operation: str,
-        when: str,
-        act: Callable[[], None],
-    ) -> None:
-        """Do something once, just before or after the deleter's first operation of a kind on floors."""
-        store = window.store
-        real = getattr(store, operation)
-        done: list[bool] = []
-
-        def hook(key: str, *arguments: Any) -> Any:
-            mine = key.startswith("floor/") and not done
-            if mine:
-                done.append(True)
-            if mine and when == "before":
-                act()
-            result = real(key, *arguments)
-            if mine and when == "after":
-                act()
-            return result
-
-        monkeypatch.setattr(store, operation, hook)
-
-    @pytest.mark.parametrize("when", ["before", "after"])
-    def test_with_the_creation_of_the_floor(
-        self, window: Window, monkeypatch: pytest.MonkeyPatch, when: str
-    ) -> None:
-        window.submit("a")
-        window.train("a", 5, 8)
-        starts: list[int] = []
-        self.hooked(
-            window, monkeypatch, "create_guarded", when, lambda: starts.append(window.register("late"))
-        )
-        deleter = window.deleter()
-        deleter.advance()
-        assert starts == [0 if when == "before" else 5]
-        assert window.stored() == all_from(0), "it is not submitted yet: nobody knows what it needs"
-        window.configure("late", starts[0])
-        deleter.advance()
-        assert window.stored() == all_from(starts[0])
-        assert deleter.is_deleted(4) is (starts == [5])
-        assert deleter.is_needed(4) is (starts == [0])
-
-    def test_with_the_creation_of_the_floor_and_submitted_at_once(
-        self, window: Window, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        window.submit("a")
-        window.train("a", 5, 8)
-        self.hooked(
-            window,
-            monkeypatch,
-            "create_guarded",
-            "before",
-            lambda: window.configure("late", window.register("late")),
-        )
-        deleter = window.deleter()
-        deleter.advance()
-        assert (deleter.floor, window.stored()) == (5, all_from(0))
-        assert not deleter.is_deleted(3), "it must be mended for the run that registered"
-        window.train("late", 2, 4)
-        deleter.advance()
-        assert window.stored() == all_from(2)
-
-    def test_while_another_deleter_raises_it(self, window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The floor that this one finds is newer than the readers it would know of, were they asked first."""
-        window.submit("a")
-        window.train("a", 5, 8)
-        slow, other = window.deleter(), window.deleter()
-        listing = window.store.list
-        meddled: list[bool] = []
-
-        def meddle(prefix: str) -> Any:
-            found = list(listing(prefix))
-            if prefix == "readers/" and not meddled:
-                meddled.append(True)
-                window.submit("late")
-                other.advance()
-            return iter(found)
-
-        monkeypatch.setattr(window.store, "list", meddle)
-        slow.advance()
-        assert meddled
-        assert window.floors()[-1] == 5
-        assert window.stored() == all_from(0), "run late begins at 0"
-
-    def test_many_at_once_lose_nothing(self, window: Window) -> None:
-        window.submit("a")
-        starts: dict[str, int] = {}
-        stop = threading.Event()
-        failures: list[BaseException] = []
-
-        def guarded(action: Callable[[], None]) -> Callable[[], None]:
-            def run() -> None:
-                try:
-                    action()
-                except BaseException as error:
-                    failures.append(error)
-
-            return run
-
-        def delete() -> None:
-            deleter = window.deleter()
-            while not stop.is_set():
-                deleter.advance()
-
-        def register() -> None:
-            for number in range(8):
-                starts[f"late{number}"] = window.submit(f"late{number}")
-
-        deleters = [threading.Thread(target=guarded(delete), daemon=True) for _ in range(2)]
-        registrant = threading.Thread(target=guarded(register), daemon=True)
-        for thread in deleters:
-            thread.start()
-        window.train("a", 1, 2)
-        registrant.start()
-        window.train("a", *range(3, CHUNKS))
-        registrant.join()
-        window.deleter().advance()
-        stop.set()
-        for thread in deleters:
-            thread.join()
-        assert failures == []
-        assert min(starts.values()) < CHUNKS
-        assert window.stored() >= all_from(min(starts.values()))
-        floors = window.floors()
-        assert floors == sorted(set(floors)), "dense, exclusive and rising"
 
 
 class TestSweeping:
