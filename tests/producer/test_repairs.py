@@ -231,6 +231,8 @@ def test_what_is_given_back_meanwhile_is_not_overlooked(
         return found
 
     monkeypatch.setattr(Work, "_claim", give_back_after_looking)
+    # everything is committed, and it is time to notice
+    producer.work._reconciled = float("-inf")
     assert producer.work.next(producer.stop) == task
     producer.sink.finish()
     producer.writer.close()

@@ -37,6 +37,7 @@ from simulation.scheduler import Event, Process, Scheduler
 DATASET, RUNS = "s3://house/dataset", "s3://house/runs"
 LEASE_SECONDS = 10.0
 STORM_SECONDS = 300.0
+REDIS_FATES = ("wipe", "remember", "roll back", "silence")
 CALM_SECONDS = 6000.0
 """What must be done in the virtual time after the last fault; else something waits for ever."""
 
@@ -194,7 +195,8 @@ class Experiment:
 
     def _all_trained(self) -> bool:
         names = {settings.name for settings in self.plan.runs}
-        return names == self._submitted | self._refused and self.invariants.everything_is_done(self._submitted)
+        known = names == self._submitted | self._refused
+        return known and self.invariants.everything_is_done(self._submitted)
 
     def _damage(self) -> None:
         """Flip a bit of a committed chunk, or lose one of its objects."""
@@ -230,14 +232,13 @@ class Plan:
         self.budget = needs + draw.randint(0, 1) if self.retention == "window" else None
         self.fault_rate = draw.choice([0.0, 0.01, 0.03])
         self.pause = draw.choice([2.0, 8.0, 20.0])
-        weights = {
-            **{"kill": 3, "kill soon": 4, "freeze": 4, "stop": 1},
-            **{"wipe": 1, "remember": 1, "roll back": 1, "silence": 1, "damage": 1},
-        }
-        self.fates = {fate: weight * draw.random() for fate, weight in weights.items()}
+        often, seldom = ("kill", "kill soon", "freeze"), ("stop", *REDIS_FATES, "damage")
+        self.fates = {fate: 4 * draw.random() for fate in often}
+        self.fates |= {fate: draw.random() for fate in seldom}
 
     def _run(self, number: int, epochs: int) -> RunSettings:
-        sae = {"name": "tiny", "architecture": "standard", "hook_name": HOOK, "d_sae": 1, "l1_coefficient": 1.0}
+        sae: dict[str, Any] = {"name": "tiny", "architecture": "standard", "hook_name": HOOK}
+        sae |= {"d_sae": 1, "l1_coefficient": 1.0}
         return RunSettings.model_validate(
             {
                 "name": f"run{number}",
@@ -250,4 +251,3 @@ class Plan:
                 "strict": True,
             }
         )
-

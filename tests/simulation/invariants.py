@@ -17,7 +17,16 @@ from simulation.s3 import MemoryS3
 from simulation.values import Stream
 
 DATASET, RUNS = "house/dataset/", "house/runs/"
-NEVER_CHANGE = ("commits/", "manifest.", "readers/", "floor/", "quarantine/", "detached/", "config.", "/heads/")
+NEVER_CHANGE = (
+    "commits/",
+    "manifest.",
+    "readers/",
+    "floor/",
+    "quarantine/",
+    "detached/",
+    "config.",
+    "/heads/",
+)
 
 
 class Broken(AssertionError):
@@ -46,7 +55,9 @@ class Invariants:
 
     def everything_is_done(self, names: set[str]) -> bool:
         """Whether the dataset is complete and these runs have ended."""
-        committed = (f"{DATASET}commits/0/{i}.json" in self._s3.objects for i in range(self._manifest.n_chunks))
+        committed = (
+            f"{DATASET}commits/0/{i}.json" in self._s3.objects for i in range(self._manifest.n_chunks)
+        )
         return all(self._ended(self._configs[name].run_id) for name in sorted(names)) and all(committed)
 
     # At every change
@@ -68,9 +79,9 @@ class Invariants:
         self._wake_readers(key)
 
     def _written(self, key: str, old: bytes | None, new: bytes, process: str) -> None:
-        if old is not None and old != new and key.endswith((".json", ".copy")):
-            if any(part in key for part in NEVER_CHANGE):
-                raise Broken(f"{process} changed {key}")
+        changed = old not in (None, new) and key.endswith((".json", ".copy"))
+        if changed and any(part in key for part in NEVER_CHANGE):
+            raise Broken(f"{process} changed {key}")
         if key.startswith(f"{DATASET}commits/"):
             self._committed(json.loads(new))
         elif "/heads/" in key and key.endswith(".json"):
@@ -154,9 +165,7 @@ class Invariants:
         self._check_checkpoint(run, head)
         seen = json.loads(self._s3.objects[f"{run}/{head['checkpoint']['sae/tiny']['key']}"].data)
         settings = config.settings
-        order = ReadingOrder(
-            self._manifest.n_chunks, settings.epochs, settings.window_chunks, settings.seed
-        )
+        order = ReadingOrder(self._manifest.n_chunks, settings.epochs, settings.window_chunks, settings.seed)
         wanted = expected_rows(self._manifest, order, config.dataset.start, self._rows)
         if sorted(seen) != sorted(wanted):
             raise Broken(f"{config.run_id} saw {len(seen)} rows, not the {len(wanted)} it had to, each once")

@@ -71,8 +71,8 @@ class Inline(Executor):
             done.set_exception(error)
         return done
 
-    def map(self, function: Any, *iterables: Any, **options: Any) -> Any:
-        return [function(*items) for items in zip(*iterables, strict=True)]
+    def map(self, fn: Any, *iterables: Any, timeout: float | None = None, chunksize: int = 1) -> Any:
+        return [fn(*items) for items in zip(*iterables, strict=True)]
 
 
 class TinyGroup:
