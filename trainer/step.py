@@ -47,12 +47,14 @@ class SAETraining:
             rows: [R, D] bfloat16 rows of the first window, on the CPU.
         """
         d_in = rows.shape[1]
-        total, squared = torch.zeros(d_in, dtype=torch.float64), 0.0
+        total = torch.zeros(d_in, dtype=torch.float64)
+        squared = torch.zeros(d_in, dtype=torch.float64)
         for block in torch.split(rows, 8192):
             exact = block.double()
             total += exact.sum(dim=0)
-            squared += float(exact.square().sum())
-        mean_square = squared / max(1, len(rows))
+            # by column first: the bits of one full sum depend on the number of threads
+            squared += exact.square().sum(dim=0)
+        mean_square = float(squared.sum()) / max(1, len(rows))
         self.scale = math.sqrt(d_in / mean_square) if mean_square > 0 else 1.0
         use_mean = self.settings.decoder_bias == "mean"
         mean = (total / max(1, len(rows)) * self.scale).float() if use_mean else None

@@ -107,7 +107,7 @@ def undisturbed(directory: Path, options: Options, say: Say) -> Facts:
 
 def _one_round(disturbed: Disturbed, reference: Facts, result: Result, say: Say) -> None:
     result.tallies.append(disturbed.tally)
-    say(f"{disturbed.directory.name} begins")
+    say(f"{disturbed.directory.name} begins, trainers: {disturbed.trainers}")
     started = time.monotonic()
     try:
         disturbed.carry_out()

@@ -90,8 +90,8 @@ class Disturbed:
         self.runs_url = f"{base or self.workdir}/runs"
         self.tally = Tally()
         self._plan, self._place, self._draw, self._say = plan, place, draw, say
-        trainers = plan.trainers or draw.choice([1, 2, 2])
-        config = experiment(plan.source, self.workdir, base, trainers, plan.chunks)
+        self.trainers = plan.trainers or draw.choice([1, 2, 2])
+        config = experiment(plan.source, self.workdir, base, self.trainers, plan.chunks)
         self._config = write_config(self.directory / "config.yaml", config)
         self._victims = Victims(self.directory, self._config)
         self._queue = Queue(self.workdir, self.directory / "copies")
@@ -114,7 +114,7 @@ class Disturbed:
             "roll redis back": (1, self._roll_back),
         }
         for trouble, begin in place.troubles().items():
-            self._actions[trouble] = (2, lambda now, begin=begin: self._begin(begin, now))  # type: ignore[misc]
+            self._actions[trouble] = (3, lambda now, begin=begin: self._begin(begin, now))  # type: ignore[misc]
 
     # From start to end
 

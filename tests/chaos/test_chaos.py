@@ -7,7 +7,7 @@ from chaos.compare import Facts
 from chaos.light import CHUNK_SECONDS, STEP_SECONDS
 from chaos.scenario import CHUNKS
 
-PACE = {CHUNK_SECONDS: "0.9", STEP_SECONDS: "0.06"}
+PACE = {CHUNK_SECONDS: "0.7", STEP_SECONDS: "0.04"}
 
 
 def survives(reference: Facts, kills: int, store: str, seed: int) -> None:

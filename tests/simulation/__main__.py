@@ -30,7 +30,7 @@ def main() -> int:
         for done, (seed, failure) in enumerate(pool.map(try_schedule, jobs, chunksize=20), start=1):
             if failure is not None:
                 failed += 1
-                print(f"schedule {seed} of {done}:\n{failure[-6000:]}", flush=True)
+                print(f"schedule {seed}: {failure.splitlines()[0]}; --seed {seed} shows it", flush=True)
                 if options.bug or failed >= 5:
                     pool.shutdown(cancel_futures=True)
                     break

@@ -71,7 +71,7 @@ class Experiment:
             for number in range(self.plan.trainers):
                 operator.spawn(partial(self._keep, f"trainer-{number}", self._train), f"t{number}")
             for number, settings in enumerate(self.plan.runs):
-                delay = self.world.random.random() * 60 * number
+                delay = self.world.random.random() * 40 * number
                 operator.spawn(partial(self._submit, settings, delay), f"s{number}")
             self.world.process("fate").spawn(self._fate)
             self.world.run(seconds=STORM_SECONDS + CALM_SECONDS, until=self._finished)
@@ -222,7 +222,7 @@ class Plan:
     def __init__(self, draw: Any) -> None:
         n = draw.randint(4, 8)
         self.rows = [draw.randint(2, 4) for _ in range(n)]
-        self.retention = "window" if draw.random() < 0.4 else "keep"
+        self.retention = draw.choice(["window", "keep"])
         self.mixed = draw.random() < 0.4
         self.producers, self.trainers = draw.randint(1, 3), draw.randint(1, 2)
         self.window_chunks, self.head_interval = draw.randint(1, 2), draw.randint(1, 2)
@@ -231,10 +231,11 @@ class Plan:
         needs = max(chunks_needed(settings, n) for settings in self.runs)
         self.budget = needs + draw.randint(0, 1) if self.retention == "window" else None
         self.fault_rate = draw.choice([0.0, 0.01, 0.03])
-        self.pause = draw.choice([2.0, 8.0, 20.0])
-        often, seldom = ("kill", "kill soon", "freeze"), ("stop", *REDIS_FATES, "damage")
-        self.fates = {fate: 4 * draw.random() for fate in often}
-        self.fates |= {fate: draw.random() for fate in seldom}
+        self.pause = draw.choice([1.0, 4.0, 16.0])
+        of_processes, of_redis = draw.choice([(4, 1), (4, 0), (1, 4)])
+        self.fates = {fate: of_processes * draw.random() for fate in ("kill", "kill soon", "freeze")}
+        self.fates |= {fate: of_redis * draw.random() for fate in REDIS_FATES}
+        self.fates |= {fate: draw.random() for fate in ("stop", "damage")}
 
     def _run(self, number: int, epochs: int) -> RunSettings:
         sae: dict[str, Any] = {"name": "tiny", "architecture": "standard", "hook_name": HOOK}

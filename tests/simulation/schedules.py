@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from functools import cache
 
 from simulation.experiment import Experiment
 from simulation.planted import planted
@@ -15,6 +16,29 @@ def run_schedule(seed: int) -> Experiment:
         Broken: an invariant does not hold.
         Stuck: something waits for ever.
     """
+    _warm_up()
+    return _run(seed)
+
+
+def try_schedule(job: tuple[int, str | None]) -> tuple[int, str | None]:
+    """Run one schedule with a planted bug or none; its seed, and what it broke, in full."""
+    seed, bug = job
+    _warm_up()
+    try:
+        with planted(bug):
+            _run(seed)
+    except BaseException as error:
+        return seed, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    return seed, None
+
+
+@cache
+def _warm_up() -> None:
+    """What is imported and cached once per process must not make the first schedule another one."""
+    _run(0)
+
+
+def _run(seed: int) -> Experiment:
     logging.disable(logging.CRITICAL)
     try:
         with patched_world():
@@ -23,14 +47,3 @@ def run_schedule(seed: int) -> Experiment:
             return experiment
     finally:
         logging.disable(logging.NOTSET)
-
-
-def try_schedule(job: tuple[int, str | None]) -> tuple[int, str | None]:
-    """Run one schedule with a planted bug or none; its seed, and the traceback of what it broke."""
-    seed, bug = job
-    try:
-        with planted(bug):
-            run_schedule(seed)
-    except BaseException:
-        return seed, traceback.format_exc()
-    return seed, None
