@@ -47,11 +47,14 @@ class Reader:
     needs: int
 
 
-def register_reader(store: ObjectStore, reader: Reader) -> int:
+def register_reader(store: ObjectStore, reader: Reader, keeps_window: bool = True) -> int:
     """Make sure that nothing a run needs is deleted from now on; returns the floor it begins at.
 
+    Args:
+        keeps_window: the dataset has `retention: window`.
+
     Raises:
-        UserError: the run was detached before.
+        UserError: the run was detached before, or an equal one of another runs URL is registered.
     """
     record = {
         "format_version": FORMAT_VERSION,
@@ -60,7 +63,13 @@ def register_reader(store: ObjectStore, reader: Reader) -> int:
         "start": reader.start,
         "needs": reader.needs,
     }
-    store.create_guarded(reader_key(reader.run), record)
+    if not store.create_guarded(reader_key(reader.run), record):
+        there = read_reader(store, reader.run).runs_url
+        if keeps_window and there != reader.runs_url:
+            raise UserError(
+                f"run {reader.run} reads {store.url} for {there} already, and its chunks are kept for that "
+                "one only; give the run another name or seed"
+            )
     if store.exists(detached_key(reader.run)):
         raise UserError(f"run {reader.run} was detached from {store.url} and cannot read it again")
     return max(reader.start, newest_floor(store)[1])

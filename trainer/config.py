@@ -187,7 +187,8 @@ def submit_run(
             f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
         )
     # the reader record comes first: nothing the run needs may vanish once it exists
-    floor = register_reader(dataset.store, Reader(config.run_id, runs.url, 0, needs))
+    reader = Reader(config.run_id, runs.url, 0, needs)
+    floor = register_reader(dataset.store, reader, dataset.manifest.retention == "window")
     start = -(-floor // order.window_chunks) * order.window_chunks
     if start >= dataset.n_chunks:
         raise UserError(

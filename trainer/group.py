@@ -72,6 +72,8 @@ class Group:
             The SAE and step whose loss or weights were not finite, or None if all is well.
         """
         self.position = loaded.window.stop
+        if not loaded.n_rows:
+            return None  # all of its chunks are quarantined
         for name, member in self.members.items():
             figures, first_bad = member.end_window()
             if first_bad is None and not member.weights_are_finite():

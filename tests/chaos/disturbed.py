@@ -8,11 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from chaos.light import CHUNK_SECONDS, STEP_SECONDS
 from chaos.settings import CHUNKS, experiment, program
-from chaos.stores import Place, Trouble
+from chaos.stores import Begin, Place, Trouble
 from chaos.victims import Process, Victims, runs, tell
 from chaos.wipes import Queue
 from penstock.common.errors import PenstockError
@@ -104,17 +105,17 @@ class Disturbed:
         self._progress: tuple[int, ...] = ()
         self._running: list[Process] = []
         self._actions: dict[str, tuple[int, Callable[[float], str | None]]] = {
-            "kill producer": (5, lambda now: self._kill("producer", now)),
-            "kill trainer": (6, lambda now: self._kill("trainer", now)),
-            "freeze producer": (2, lambda now: self._freeze("producer", now)),
-            "freeze trainer": (6, lambda now: self._freeze("trainer", now)),
+            "kill producer": (5, partial(self._kill, "producer")),
+            "kill trainer": (6, partial(self._kill, "trainer")),
+            "freeze producer": (2, partial(self._freeze, "producer")),
+            "freeze trainer": (6, partial(self._freeze, "trainer")),
             "kill supervisor": (2, self._kill_supervisor),
             "kill valkey": (3, self._kill_valkey),
             "flushall": (3, self._wipe),
             "roll redis back": (1, self._roll_back),
         }
-        for trouble, begin in place.troubles().items():
-            self._actions[trouble] = (3, lambda now, begin=begin: self._begin(begin, now))  # type: ignore[misc]
+        for trouble, (weight, begin) in place.troubles().items():
+            self._actions[trouble] = weight, partial(self._begin, begin)
 
     # From start to end
 
@@ -283,17 +284,15 @@ class Disturbed:
 
     def _held_by(self, victim: Process) -> tuple[str, Callable[[], bool]]:
         """What a process works on, and how to see that somebody else has done it."""
-        if victim.kind == "trainer":
-            run_id, store = self._queue.held_run(victim.pid), open_store(self.runs_url)
-            if run_id is None:
-                return "", lambda: False
+        word = self._queue.word(victim.pid)
+        if run_id := word.get("run"):
+            store = open_store(self.runs_url)
             # taking over is a head; another one shows that the work goes on
             last = max(head_numbers(store, run_id), default=-1)
-            return run_id, lambda: max(head_numbers(store, run_id), default=-1) >= last + 2
-        held, dataset = self._queue.held_chunks(victim.pid), open_store(self.dataset_url)
-        return " ".join(f"chunk {index}" for index in held), lambda: any(
-            dataset.exists(commit_key(index)) for index in held
-        )
+            return f"run {run_id}", lambda: max(head_numbers(store, run_id), default=-1) >= last + 2
+        held, dataset = word.get("making", []), open_store(self.dataset_url)
+        made = [commit_key(index) for index in held]
+        return " ".join(f"chunk {index}" for index in held), lambda: all(map(dataset.exists, made))
 
     def _is_replaced(self, frozen: Frozen) -> bool:
         # a store in trouble cannot be asked
@@ -367,7 +366,7 @@ class Disturbed:
         self._start()
         return f"{what}, with an older append-only file"
 
-    def _begin(self, begin: Callable[[random.Random], Trouble], now: float) -> str | None:
+    def _begin(self, begin: Begin, now: float) -> str | None:
         if self._trouble is not None or not self._may("trouble", now):
             return None
         trouble = begin(self._draw)

@@ -35,6 +35,9 @@ class Trouble:
     end: Callable[[], None] = lambda: None
 
 
+Begin = Callable[[random.Random], Trouble]
+
+
 class Place(ABC):
     """A store's URLs and troubles.
 
@@ -48,8 +51,8 @@ class Place(ABC):
     def base(self, name: str) -> str | None:
         """A URL below which an experiment stores everything; None for its work directory."""
 
-    def troubles(self) -> dict[str, Callable[[random.Random], Trouble]]:
-        """What can be made to happen to the store, by name."""
+    def troubles(self) -> dict[str, tuple[int, Begin]]:
+        """What can be made to happen to the store, by name: how often, compared with other faults, and how."""
         return {}
 
     def faults(self) -> dict[str, int]:
@@ -73,8 +76,8 @@ class Behind(Place):
     def base(self, name: str) -> str | None:
         return f"s3://{self._bucket}/{name}"
 
-    def troubles(self) -> dict[str, Callable[[random.Random], Trouble]]:
-        return {"outage": self._outage}
+    def troubles(self) -> dict[str, tuple[int, Begin]]:
+        return {"outage": (3, self._outage)}
 
     def faults(self) -> dict[str, int]:
         return self.proxy.faults()
@@ -90,8 +93,8 @@ class Moto(Behind):
         super().__init__(server, proxy)
         self._server = server
 
-    def troubles(self) -> dict[str, Callable[[random.Random], Trouble]]:
-        return super().troubles() | {"pause": self._pause}
+    def troubles(self) -> dict[str, tuple[int, Begin]]:
+        return super().troubles() | {"pause": (3, self._pause)}
 
     def _pause(self, random: random.Random) -> Trouble:
         seconds = random.uniform(0.3, 5.0)
@@ -104,10 +107,11 @@ class Ceph(Behind):
         super().__init__(server, proxy)
         self._server = server
 
-    def troubles(self) -> dict[str, Callable[[random.Random], Trouble]]:
-        # the gateway twice as often as everything
-        gateway = {"gateway killed": self._kill_gateway, "gateway killed again": self._kill_gateway}
-        return super().troubles() | gateway | {"all daemons killed": self._kill_all}
+    def troubles(self) -> dict[str, tuple[int, Begin]]:
+        return super().troubles() | {
+            "kill gateway": (4, self._kill_gateway),
+            "kill all daemons": (2, self._kill_all),
+        }
 
     def _kill_gateway(self, random: random.Random) -> Trouble:
         self._server.kill_gateway()

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from chaos.compare import Facts
+from chaos.light import light_plan
 from chaos.scenario import CHUNKS, Scenario, Worker
 from chaos.victims import runs
 from penstock.common.embedded import EmbeddedServer
 from penstock.common.redis import Client
 from penstock.deploy.state import CONFIG_FILE
 from services.command import write_config
+from services.synthetic import write_dataset
 from services.valkey import connected, kill_server
 from services.waiting import eventually
 
@@ -29,9 +31,6 @@ def planned(scenario: Scenario, producer: Worker) -> list[str]:
 
 def make_everything(scenario: Scenario) -> None:
     """Write the whole dataset, here."""
-    from chaos.light import light_plan
-    from services.synthetic import write_dataset
-
     write_dataset(Path(scenario.config.dataset.url), light_plan(scenario.config.dataset))
 
 
@@ -166,9 +165,6 @@ def test_sigterm_lets_a_trainer_give_its_run_back(scenario: Scenario, valkey: Em
 
 def test_sigterm_at_a_window_boundary_commits_what_was_done(tmp_path: Path, valkey: EmbeddedServer) -> None:
     """The next chunk is not there, and no head would be due for long."""
-    from chaos.light import light_plan
-    from services.synthetic import write_dataset
-
     with Scenario(tmp_path, valkey.url, head_interval=1000) as scenario, connected(valkey) as client:
         plan = light_plan(scenario.config.dataset)
         write_dataset(Path(scenario.config.dataset.url), plan, range(8))

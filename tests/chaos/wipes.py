@@ -1,5 +1,6 @@
 """Redis as the harness sees it: looked at, wiped, killed and put back to an older state."""
 
+import json
 import random
 import shutil
 import signal
@@ -40,21 +41,16 @@ class Queue:
             return client is not None and bool(client.flushall())
         return False
 
-    def held_run(self, pid: int) -> str | None:
-        """The run that the trainer of a process id holds."""
-        with _connected(self._workdir) as client:
-            for key in client.scan_iter("*:lease:*") if client is not None else ():
-                if f"-{pid}-" in (client.get(key) or ""):
-                    return str(key.split(":lease:")[1])
-        return None
+    def word(self, pid: int) -> dict[str, Any]:
+        """What the worker of a process id says of itself; empty if nothing is known.
 
-    def held_chunks(self, pid: int) -> list[int]:
-        """The chunks that the producer of a process id has claimed."""
+        Leases would tell less: once wiped, those of working trainers do not come back.
+        """
         with _connected(self._workdir) as client:
-            keys = client.scan_iter("*:owners") if client is not None else ()
-            owners = [pair for key in keys for pair in client.hgetall(key).items()]
-            return [int(index) for index, owner in owners if f"-{pid}-" in owner]
-        return []
+            for key in client.scan_iter(f"*:presence:*-{pid}-*") if client is not None else ():
+                said: dict[str, Any] = json.loads(client.get(key) or "{}")
+                return said
+        return {}
 
     def copy(self) -> None:
         """Keep the server's files as they are now; they may be cut anywhere, as by a crash."""

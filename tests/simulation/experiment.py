@@ -5,6 +5,7 @@ retention, the queue with its scripts and `S3Store` are the real ones. Random ch
 shape of the experiment, who is killed, frozen or told to stop when, and which requests fail.
 """
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,7 +38,7 @@ from simulation.scheduler import Event, Process, Scheduler
 DATASET, RUNS = "s3://house/dataset", "s3://house/runs"
 LEASE_SECONDS = 10.0
 STORM_SECONDS = 300.0
-REDIS_FATES = ("wipe", "remember", "roll back", "silence")
+REDIS_FATES = ("wipe", "roll back", "silence")
 CALM_SECONDS = 6000.0
 """What must be done in the virtual time after the last fault; else something waits for ever."""
 
@@ -71,8 +72,7 @@ class Experiment:
             for number in range(self.plan.trainers):
                 operator.spawn(partial(self._keep, f"trainer-{number}", self._train), f"t{number}")
             for number, settings in enumerate(self.plan.runs):
-                delay = self.world.random.random() * 40 * number
-                operator.spawn(partial(self._submit, settings, delay), f"s{number}")
+                operator.spawn(partial(self._submit, settings, number), f"s{number}")
             self.world.process("fate").spawn(self._fate)
             self.world.run(seconds=STORM_SECONDS + CALM_SECONDS, until=self._finished)
             assert self._finished(), "nobody is left, and not everything is done"
@@ -123,13 +123,13 @@ class Experiment:
             writer, producing, client, queue.feeds_key, process.name, lambda index, rows: None, Inline()
         )
         try:
-            produce(producing, TinySource(self.manifest, maker), sink, stop)
+            produce(producing, TinySource(self.manifest, maker, self.plan.work_seconds), sink, stop)
         finally:
             heartbeat.close()
         producing.release()
 
     def _train(self, process: Process, stop: Event) -> None:
-        group: Any = TinyGroup
+        group: Any = partial(TinyGroup, seconds=self.plan.work_seconds)
         place = Workplace(
             runs=open_store(RUNS),
             client=self.redis.client(),
@@ -143,8 +143,9 @@ class Experiment:
         )
         work(place, Health(), stop, drain=False)
 
-    def _submit(self, settings: RunSettings, delay: float) -> None:
-        self.world.sleep(delay)
+    def _submit(self, settings: RunSettings, number: int) -> None:
+        if number:  # while others read already
+            self._turns(self.world.random.randrange(2000))
         while settings.name not in self._submitted | self._refused:
             try:
                 dataset = open_dataset(DATASET)
@@ -163,16 +164,18 @@ class Experiment:
     def _fate(self) -> None:
         """Faults until the storm is over."""
         draw = self.world.random
-        memories = [self.redis.snapshot()]
+        memories = deque([self.redis.snapshot()], maxlen=6)
         while self.world.clock < STORM_SECONDS and not self._all_trained():
             self.world.sleep(draw.random() * self.plan.pause, "fate waits")
+            # time moves only while nobody is busy: strike in the middle of something, too
+            self._turns(draw.randrange(self.plan.lurks))
+            if draw.random() < 0.5:
+                memories.append(self.redis.snapshot())
             what = draw.choices(list(self.plan.fates), list(self.plan.fates.values()))[0]
             victims = [p for p in self.world.processes if not p.dead and p.name in self._stops]
             victim = draw.choice(victims) if victims else None
             if what == "wipe":
                 self.redis.wipe()
-            elif what == "remember":
-                memories.append(self.redis.snapshot())
             elif what == "roll back":
                 self.redis.restore(draw.choice(memories))
             elif what == "silence":
@@ -192,6 +195,12 @@ class Experiment:
         self.s3.faults.quiet()
         self.redis.faults.quiet()
         self.calm = True
+
+    def _turns(self, number: int) -> None:
+        """Wait until others have had so many turns."""
+        came, target = Event(), self.world.steps + number
+        self.world.when(lambda: self.world.steps >= target, came.set)
+        came.wait(60.0)
 
     def _all_trained(self) -> bool:
         names = {settings.name for settings in self.plan.runs}
@@ -231,8 +240,9 @@ class Plan:
         needs = max(chunks_needed(settings, n) for settings in self.runs)
         self.budget = needs + draw.randint(0, 1) if self.retention == "window" else None
         self.fault_rate = draw.choice([0.0, 0.01, 0.03])
-        self.pause = draw.choice([1.0, 4.0, 16.0])
-        of_processes, of_redis = draw.choice([(4, 1), (4, 0), (1, 4)])
+        self.work_seconds = draw.choice([0.0, 1.0, 8.0])
+        self.pause, self.lurks = draw.choice([1.0, 4.0, 16.0]), draw.choice([1, 30, 200])
+        of_processes, of_redis = draw.choice([(4, 1), (4, 0), (1, 12)])
         self.fates = {fate: of_processes * draw.random() for fate in ("kill", "kill soon", "freeze")}
         self.fates |= {fate: of_redis * draw.random() for fate in REDIS_FATES}
         self.fates |= {fate: draw.random() for fate in ("stop", "damage")}

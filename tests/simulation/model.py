@@ -7,6 +7,8 @@ order.
 
 import hashlib
 import json
+import random
+import time
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -40,14 +42,17 @@ class TinySource:
     """Makes chunks.
 
     Args:
+        seconds: the longest that a chunk takes.
         maker: written into each row. Where producers' numerics are mixed, it differs between them.
     """
 
-    def __init__(self, manifest: Manifest, maker: int) -> None:
+    def __init__(self, manifest: Manifest, maker: int, seconds: float = 0.0) -> None:
         self._manifest = manifest
+        self._seconds = seconds
         self._maker = maker
 
     def chunk(self, index: int) -> Chunk:
+        time.sleep(random.uniform(0.0, self._seconds))
         rows = self._manifest.rows[index]
         acts = np.array([[index, row, self._maker, 1] for row in range(rows)], np.float32)
         place = np.arange(rows)
@@ -78,7 +83,8 @@ class Inline(Executor):
 class TinyGroup:
     """Stands where `Group` does: its weights are the rows that it has seen, in order."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, seconds: float = 0.0) -> None:
+        self._seconds = seconds
         self.config = config
         self.device = device
         self.position = config.dataset.start
@@ -98,6 +104,7 @@ class TinyGroup:
         pass
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> None:
+        time.sleep(random.uniform(0.0, self._seconds))
         rows = batch[HOOK].float().int().tolist()
         self.seen += rows
         self.step += 1

@@ -11,7 +11,7 @@ from penstock.store import queue
 from penstock.store.arrays import ArraySpec, encode_payload
 from penstock.store.commits import committed_indices
 from penstock.store.dataset import DatasetWriter
-from penstock.store.heads import Head, StoredFile
+from penstock.store.heads import Head, StoredFile, kept_checkpoints
 from penstock.store.layout import FORMAT_VERSION, checkpoint_prefix, floor_key, head_key
 from penstock.store.retention import Retention, newest_floor
 from penstock.trainer.lineage import Lineage
@@ -124,14 +124,15 @@ def readers_before_the_floor() -> Any:
 
 
 def collection_by_a_non_owner() -> Any:
-    """Old checkpoints are removed before the head is made, by whoever thinks that it owns the run."""
+    """Whoever thinks that it owns the run removes all checkpoints but its own, before its head is made."""
     real = Lineage._create
 
     def create(self: Lineage, head: Head) -> None:
-        before, self.head = self.head, head
-        if head.checkpoint:
-            self._collect()
-        self.head = before
+        kept = tuple(str(h.checkpoint_folder) for h in kept_checkpoints(self.runs, self.run_id, head))
+        base = f"{self.run_id}/"
+        for key, _ in list(self.runs.list(f"{base}checkpoints/")):
+            if head.checkpoint and not key.removeprefix(base).startswith(kept):
+                self.runs.delete(key)
         real(self, head)
 
     return patch.object(Lineage, "_create", create)

@@ -240,7 +240,6 @@ class TestWholeRuns:
         assert first.quarantined() == {1}
         assert digests(bench.head(replayed)) == digests(bench.head(streamed))
 
-    @pytest.mark.xfail(strict=True, reason="Group.end_window does not know windows without rows")
     @pytest.mark.parametrize("chunk", [0, 4, CHUNKS - 1])
     def test_a_window_that_is_all_in_quarantine_is_passed_over(
         self, bench: Bench, tmp_path: Path, chunk: int
