@@ -112,7 +112,8 @@ class LocalStore(ObjectStore):
 
     def probe(self) -> None:
         self._sweep()
-        key = f".probe-{uuid.uuid4().hex}"
+        # named like a temporary file, so that one left behind by a kill is swept like one
+        key = f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
         first = self.create(key, b"1")
         try:
             second = self.create(key, b"2")

@@ -14,12 +14,12 @@ from penstock.store.arrays import ArraySpec, dataset_arrays, zarr_metadata
 from penstock.store.commits import Commit, read_commit
 from penstock.store.corpus import Corpus, corpus_arrays
 from penstock.store.dataset import Dataset, describe_chunk, is_as_committed, load_payload, restore_commit
-from penstock.store.layout import ARRAYS, CORPUS_ARRAYS, MANIFEST, copy_key
+from penstock.store.layout import ARRAYS, CORPUS_ARRAYS, MANIFEST, commit_key, copy_key
 from penstock.store.objects import ObjectStore
 from penstock.store.records import decode_record
 from penstock.store.retention import newest_floor
 
-GUARDED_FOLDERS = ("readers/", "detached/", "floor/", "quarantine/", "provenance/")
+GUARDED_FOLDERS = ("readers/", "detached/", "floor/", "quarantine/")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def dataset_faults(dataset: Dataset, on_chunk: Callable[[int], None] = lambda in
     """
     store = dataset.store
     kept = [key for folder in GUARDED_FOLDERS for key, _ in store.list(folder)]
+    provenance = [key for key, _ in store.list("provenance/")]
     yield from guarded_faults(store, kept)
+    yield from _provenance_faults(store, provenance)
     yield from _gaps(store, kept)
     specs = dataset_arrays(dataset.manifest)
     yield from _zarr_faults(store, ARRAYS, specs)
@@ -97,16 +99,34 @@ def dataset_faults(dataset: Dataset, on_chunk: Callable[[int], None] = lambda in
         floor = 0  # reported above
     gone = dataset.quarantined()
     committed = dataset.committed()
-    for index in sorted(committed | _made(kept)):
+    for index in sorted(committed | {index for key in provenance if (index := _index_of(key)) is not None}):
         objects = [] if index < floor or index in gone else specs
         yield from _chunk_faults(dataset, index, objects)
         on_chunk(index)
 
 
-def _made(keys: Iterable[str]) -> set[int]:
-    """Chunks that somebody was about to commit."""
-    stems = (key.removeprefix("provenance/").split("-")[0] for key in keys if key.startswith("provenance/"))
-    return {int(stem) for stem in stems if stem.isdecimal()}
+def _provenance_faults(store: ObjectStore, keys: list[str]) -> Iterator[Fault]:
+    """Of a chunk's producers one is enough: others may have died between a record and its copy."""
+    by_chunk: dict[int | None, dict[str, list[Fault]]] = {}
+    for stem in sorted({key.rsplit(".", 1)[0] for key in keys}):
+        pair = list(guarded_faults(store, [f"{stem}.json"]))
+        by_chunk.setdefault(_index_of(stem), {})[stem] = pair
+    for index, pairs in by_chunk.items():
+        half = {stem for stem in pairs if not {f"{stem}.json", f"{stem}.copy"} <= set(keys)}
+        told = index is None or any(not pair for pair in pairs.values()) or not _is_committed(store, index)
+        for stem, pair in pairs.items():
+            if not (told and stem in half):
+                yield from pair
+
+
+def _index_of(key: str) -> int | None:
+    """The chunk whose provenance a key holds."""
+    stem = key.removeprefix("provenance/").split("-")[0]
+    return int(stem) if stem.isdecimal() else None
+
+
+def _is_committed(store: ObjectStore, index: int) -> bool:
+    return store.exists(commit_key(index))
 
 
 def _gaps(store: ObjectStore, keys: list[str]) -> Iterator[Fault]:

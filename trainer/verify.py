@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from penstock.common.errors import DataError, PenstockError
-from penstock.store.heads import Head, head_numbers, kept_checkpoints, links, newest_head
+from penstock.store.heads import Head, head_numbers, kept_checkpoints, links, newest_head, read_head
 from penstock.store.layout import config_key, copy_key
 from penstock.store.loader import AsStored, WindowReader
 from penstock.store.objects import ObjectStore
@@ -25,7 +25,7 @@ class CheckpointFault(Fault):
 def run_faults(runs: ObjectStore, run_id: str) -> Iterator[Fault]:
     """Check everything of a run: records and their copies, the chain of heads, the checkpoints kept."""
     base = f"{run_id}/"
-    keys = [key for folder in ("heads/", "history/") for key, _ in runs.list(base + folder)]
+    keys = [key for key, _ in runs.list(f"{base}heads/")]
     keys += [key for key in (config_key(run_id), copy_key(config_key(run_id))) if runs.exists(key)]
     found = list(guarded_faults(runs, keys))
     yield from found
@@ -40,13 +40,12 @@ def run_faults(runs: ObjectStore, run_id: str) -> Iterator[Fault]:
 
 def _chain_faults(runs: ObjectStore, run_id: str) -> Iterator[Fault]:
     numbers = head_numbers(runs, run_id)
+    # only those that a head names: others are of workers that died before their head, or were replaced
+    histories = (read_head(runs, run_id, n).history for n in sorted(numbers))
+    yield from guarded_faults(runs, [f"{run_id}/{history}" for history in histories if history])
     for n in sorted(set(range(max(numbers, default=-1) + 1)) - numbers):
         yield Fault(f"{runs.url}/{run_id}/heads/{n}.json is missing", "cannot help: its copy is gone, too")
     newest = newest_head(runs, run_id)
-    for head in links(runs, run_id, newest):
-        if head.history and not runs.exists(f"{run_id}/{head.history}"):
-            missing = f"{runs.url}/{run_id}/{head.history} is missing"
-            yield Fault(missing, "cannot help: its copy is gone, too")
     for head in kept_checkpoints(runs, run_id, newest):
         for name in head.checkpoint:
             try:

@@ -52,7 +52,7 @@ class Place(ABC):
         """A URL below which an experiment stores everything; None for its work directory."""
 
     def troubles(self) -> dict[str, tuple[int, Begin]]:
-        """What can be made to happen to the store, by name: how often, compared with other faults, and how."""
+        """What can be made to happen to the store, by name: how often (a weight), and how."""
         return {}
 
     def faults(self) -> dict[str, int]:

@@ -44,7 +44,7 @@ def assert_full(worker: Worker, place: Path) -> None:
     assert re.search(wanted, errors[0]), errors[0]
 
 
-@pytest.mark.parametrize(("key", "nth"), [("/c/", 17), ("commits/", 4)], ids=["chunk", "commit"])
+@pytest.mark.parametrize(("key", "nth"), [("/c/", 17), ("provenance/", 4), ("commits/", 4)])
 def test_a_producer_on_a_full_disk(
     tmp_path: Path, small_disk: Path, valkey: EmbeddedServer, scenario_facts: Facts, key: str, nth: int
 ) -> None:
@@ -63,8 +63,8 @@ def test_a_producer_on_a_full_disk(
 
 @pytest.mark.parametrize(
     ("key", "nth"),
-    [("checkpoints/", 6), ("history/", 3), ("heads/", 5), ("heads/", 6)],
-    ids=["checkpoint", "history", "copy of a head", "head"],
+    # a record's copy, then the record
+    [("checkpoints/", 6), ("history/", 3), ("history/", 4), ("heads/", 5), ("heads/", 6)],
 )
 def test_a_trainer_on_a_full_disk(
     tmp_path: Path, small_disk: Path, valkey: EmbeddedServer, scenario_facts: Facts, key: str, nth: int

@@ -38,7 +38,7 @@ from simulation.scheduler import Event, Process, Scheduler
 DATASET, RUNS = "s3://house/dataset", "s3://house/runs"
 LEASE_SECONDS = 10.0
 STORM_SECONDS = 300.0
-REDIS_FATES = ("wipe", "roll back", "silence")
+REDIS_FATES = ("wipe", "roll back", "fail over", "silence")
 CALM_SECONDS = 6000.0
 """What must be done in the virtual time after the last fault; else something waits for ever."""
 
@@ -58,6 +58,7 @@ class Experiment:
         self.calm = False
         self._submitted: set[str] = set()
         self._refused: set[str] = set()
+        self._over: set[str] = set()
         self._names: dict[str, int] = {}
         self._stops: dict[str, Event] = {}
         self.invariants = Invariants(self.s3, self.redis, self.manifest, self.plan)
@@ -72,7 +73,8 @@ class Experiment:
             for number in range(self.plan.trainers):
                 operator.spawn(partial(self._keep, f"trainer-{number}", self._train), f"t{number}")
             for number, settings in enumerate(self.plan.runs):
-                operator.spawn(partial(self._submit, settings, number), f"s{number}")
+                submit = partial(self._submit, settings, number)
+                operator.spawn(partial(self._keep, f"submit-{number}", submit), f"s{number}")
             self.world.process("fate").spawn(self._fate)
             self.world.run(seconds=STORM_SECONDS + CALM_SECONDS, until=self._finished)
             assert self._finished(), "nobody is left, and not everything is done"
@@ -93,7 +95,7 @@ class Experiment:
 
     def _keep(self, name: str, main: Callable[[Process, Event], None]) -> None:
         """What a supervisor does: start it, start it again."""
-        while True:
+        while name not in self._over:
             self._names[name] = self._names.get(name, -1) + 1
             process = self.world.process(f"{name}.{self._names[name]}", accepts=(PenstockError,))
             stop = Event()
@@ -143,18 +145,20 @@ class Experiment:
         )
         work(place, Health(), stop, drain=False)
 
-    def _submit(self, settings: RunSettings, number: int) -> None:
+    def _submit(self, settings: RunSettings, number: int, process: Process, stop: Event) -> None:
         if number:  # while others read already
             self._turns(self.world.random.randrange(2000))
-        while settings.name not in self._submitted | self._refused:
+        while not stop.is_set() and process.name not in self._over:
             try:
                 dataset = open_dataset(DATASET)
                 config, _ = submit_run(open_store(RUNS), dataset, settings, self.plan.budget)
                 self.invariants.submitted(config)
                 self._submitted.add(settings.name)
+                self._over |= {process.name, f"submit-{number}"}
             except UserError as error:
                 if "nothing of it is left" in str(error):
                     self._refused.add(settings.name)
+                    self._over |= {process.name, f"submit-{number}"}
             except PenstockError:
                 pass
             self.world.sleep(3.0, "submits again")
@@ -178,6 +182,11 @@ class Experiment:
                 self.redis.wipe()
             elif what == "roll back":
                 self.redis.restore(draw.choice(memories))
+            elif what == "fail over":
+                # to a replica that lags behind
+                state = self.redis.snapshot()
+                self._turns(draw.randrange(100))
+                self.redis.restore(state)
             elif what == "silence":
                 self.redis.down(draw.random() * 60)
             elif what == "damage":
@@ -236,7 +245,9 @@ class Plan:
         self.producers, self.trainers = draw.randint(1, 3), draw.randint(1, 2)
         self.window_chunks, self.head_interval = draw.randint(1, 2), draw.randint(1, 2)
         epochs = 1 if self.retention == "window" else draw.randint(1, 2)
-        self.runs = [self._run(number, epochs) for number in range(draw.randint(1, 2))]
+        # where chunks go away, the moment at which another run comes matters
+        runs = draw.randint(2, 4) if self.retention == "window" else draw.randint(1, 2)
+        self.runs = [self._run(number, epochs) for number in range(runs)]
         needs = max(chunks_needed(settings, n) for settings in self.runs)
         self.budget = needs + draw.randint(0, 1) if self.retention == "window" else None
         self.fault_rate = draw.choice([0.0, 0.01, 0.03])
