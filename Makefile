@@ -35,7 +35,7 @@ demo: .venv/installed
 	$(BIN)/penstock run examples/demo.yaml --workdir $(WORKDIR)
 
 test: .venv/installed-dev
-	$(BIN)/pytest -m "not services"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not services"
 
 test-services: .venv/installed-dev
 	$(BIN)/pytest -m services

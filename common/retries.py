@@ -70,7 +70,9 @@ def retrying(
     return Retrying(
         retry=retry_if_exception(is_transient),
         stop=enough,
-        wait=wait_random_exponential(FIRST_PAUSE, bounds.longest_pause, min=FIRST_PAUSE / 2),
+        wait=wait_random_exponential(
+            FIRST_PAUSE, bounds.longest_pause, min=min(FIRST_PAUSE / 2, bounds.longest_pause)
+        ),
         before_sleep=tell,
         sleep=sleep,
         reraise=True,

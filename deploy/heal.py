@@ -84,9 +84,22 @@ class Repair:
             self._heal(f"{runs.url}/{run_id}", partial(self._train_again, runs, run_id))
 
     def _heal(self, url: str, remake: Callable[[list[Fault]], None]) -> None:
-        """Restore what the store itself can tell, as long as that uncovers more; then make the rest again."""
+        """Restore what can be restored, then make the rest again."""
         if not any(open_store(url).exists(name) for name in _MARKS):
             return
+        found = self._restore(url)
+        if found:
+            try:
+                remake(found)
+            except (DataError, ConfigError) as error:
+                self._say(str(error))
+            found = self._restore(url)
+        for fault in found:
+            self._say(f"not repaired: {fault}")
+        self.left += len(found)
+
+    def _restore(self, url: str) -> list[Fault]:
+        """Restore what the store itself can tell, as long as that uncovers more; what is left."""
         found = self._look(url)
         while any(fault.restore for fault in found):
             for fault in found:
@@ -94,15 +107,7 @@ class Repair:
                     fault.restore()
                     self._say(f"{fault.problem}: restored")
             found = self._look(url)
-        if found:
-            try:
-                remake(found)
-            except (DataError, ConfigError) as error:
-                self._say(str(error))
-            found = self._look(url)
-        for fault in found:
-            self._say(f"not repaired: {fault}")
-        self.left += len(found)
+        return found
 
     def _look(self, url: str) -> list[Fault]:
         return list(faults(url)[1])

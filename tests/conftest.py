@@ -1,13 +1,18 @@
 """What the tests of several rooms share: Redis servers, one start per session."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 from penstock.common.embedded import EmbeddedServer
+from penstock.common.logs import LOGGER
 from penstock.common.redis import Client, RedisSettings, connect
 from services.valkey import debian_redis, fresh_prefix, valkey_server
+
+# libraries that tests load raise the root logger's level
+LOGGER.setLevel(logging.INFO)
 
 # a loaded machine is slow, which is no fault; what is found must be found again
 settings.register_profile("penstock", deadline=None, derandomize=True)

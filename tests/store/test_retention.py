@@ -21,6 +21,7 @@ from penstock.store.retention import (
     newest_floor,
     read_reader,
     readers,
+    register_reader,
 )
 from services.synthetic import make_manifest, write_dataset
 from services.windows import BUDGET, CHUNKS, MANIFEST, ROWS, Window, all_from
@@ -327,3 +328,14 @@ def test_runs_are_opened_once(window: Window) -> None:
     for _ in range(3):
         deleter.advance()
     assert opened == [window.runs.url]
+
+
+def test_an_equal_run_of_another_runs_url_is_not_kept_for_twice(tmp_path: Path) -> None:
+    """One reader record stands for one run: the second one's chunks would go behind its back."""
+    window = Window(tmp_path)
+    window.submit("run")
+    other = Reader("run", str(tmp_path / "elsewhere"), 0, 1)
+    with pytest.raises(UserError, match=r"reads .* for .* already"):
+        register_reader(window.store, other)
+    assert register_reader(window.store, other, keeps_window=False) == 0
+    assert window.register("run") == 0
