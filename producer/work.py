@@ -63,6 +63,7 @@ class Work:
         self._reconciled = -RECONCILE_SECONDS
         self._answered = time.monotonic()
         self._reminded = -REMIND_SECONDS
+        self._complaint = ""
 
     def next(self, stop: threading.Event) -> Task | None:
         """Claim the next chunk, waiting if need be; None when all chunks are committed and whole."""
@@ -146,7 +147,9 @@ class Work:
             self.retention.advance()
         except DataError as error:
             # nobody knows what a damaged reader still needs: nothing is deleted until it is repaired
-            LOGGER.error("nothing can be deleted: %s", error)
+            if str(error) != self._complaint:
+                LOGGER.error("nothing can be deleted: %s", error)
+            self._complaint = str(error)
 
     def _survive(self, error: redis.RedisError) -> None:
         silent = time.monotonic() - self._answered
