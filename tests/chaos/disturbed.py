@@ -1,5 +1,6 @@
 """One experiment under `penstock run`, disturbed at random moments until it is finished."""
 
+import math
 import os
 import random
 import shutil
@@ -29,6 +30,9 @@ TESTS = Path(__file__).parents[1]
 LOOK_SECONDS = 0.1
 STUCK_SECONDS = 300.0
 """Without a new commit or head for so long a round has failed."""
+REPORT_SECONDS = 15.0
+"""Faults go on for so long when only reports are left to be made."""
+RUNS = 2
 FREEZE_SECONDS = 20.0
 """The longest a process is frozen if nobody takes its work over."""
 PACE = {CHUNK_SECONDS: "0.45", STEP_SECONDS: "0.03"}
@@ -102,6 +106,7 @@ class Disturbed:
         self._patience = {kind: self._new_patience() for kind in ("producer", "trainer", "supervisor")}
         self._rested = dict.fromkeys(("kill valkey", "flushall", "trouble"), (False, 0.0))
         self._started = self._start_at = self._moved = self._looked = 0.0
+        self._ended = math.inf
         self._progress: tuple[int, ...] = ()
         self._running: list[Process] = []
         self._actions: dict[str, tuple[int, Callable[[float], str | None]]] = {
@@ -135,13 +140,17 @@ class Disturbed:
                 if now >= next_copy and self._queue.pid() is not None:
                     self._queue.copy()
                     next_copy = now + self._draw.uniform(3.0, 12.0)
-                if self.tally.kills < self._plan.kills and now >= next_fault and self._strike(now):
+                if self._may_strike(now) and now >= next_fault and self._strike(now):
                     next_fault = time.monotonic() + self._draw.uniform(0.3, 3.0)
                 time.sleep(LOOK_SECONDS)
             self._wind_up()
         finally:
             self._end_everything()
         return self.tally
+
+    def _may_strike(self, now: float) -> bool:
+        """Once everything is trained only reports are left: faults go on for a while, then it may end."""
+        return self.tally.kills < self._plan.kills and now < self._ended + REPORT_SECONDS
 
     def tails(self, lines: int = 15) -> str:
         """The last lines of every log."""
@@ -217,6 +226,8 @@ class Disturbed:
         """Committed chunks, and each run's position."""
         store = open_store(self.runs_url)
         heads = [newest_head(store, run_id) for run_id in run_ids(store)]
+        if len(heads) == RUNS and all(head is not None and head.terminal for head in heads):
+            self._ended = min(self._ended, time.monotonic())
         commits = sum(1 for _ in open_store(self.dataset_url).list("commits/"))
         return commits, *(head.position if head else -1 for head in heads)
 
