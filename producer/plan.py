@@ -55,9 +55,7 @@ class DatasetSettings(Settings):
         if self.retention == "window" and self.budget_bytes is None:
             raise ValueError("budget_bytes must be set when retention is window")
         if self.retention == "keep" and self.budget_bytes is not None:
-            raise ValueError(
-                "budget_bytes goes with retention: window; quota_bytes limits a kept dataset"
-            )
+            raise ValueError("budget_bytes goes with retention: window; quota_bytes limits a kept dataset")
         return self
 
 
