@@ -11,6 +11,8 @@ from penstock.common.logs import LOGGER
 from penstock.common.redis import Client, RedisSettings, connect
 from services.valkey import debian_redis, fresh_prefix, valkey_server
 
+pytest.register_assert_rewrite("contracts.objects")
+
 # libraries that tests load raise the root logger's level
 LOGGER.setLevel(logging.INFO)
 

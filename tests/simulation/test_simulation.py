@@ -19,6 +19,10 @@ ENOUGH = 1000
 OF_WINDOWS = ("budget_in_commits", "readers_before_the_floor")
 
 
+BEGIN = {"readers_before_the_floor": 300, "budget_in_commits": 60, "feed_without_predecessor": 55}
+"""Seeds to begin with: where these bugs were found last. A change of the code may move them."""
+
+
 def has_window(seed: int) -> bool:
     return str(Plan(Scheduler(seed).random).retention) == "window"
 
@@ -36,7 +40,8 @@ def test_no_schedule_breaks_an_invariant(block: int) -> None:
 @pytest.mark.parametrize("bug", sorted(BUGS))
 def test_a_planted_bug_is_found(bug: str) -> None:
     # what only a window can show is looked for in schedules that have one
-    seeds = (seed for seed in range(ENOUGH) if bug not in OF_WINDOWS or has_window(seed))
+    order = ((BEGIN.get(bug, 0) + number) % ENOUGH for number in range(ENOUGH))
+    seeds = (seed for seed in order if bug not in OF_WINDOWS or has_window(seed))
     found = (failure for seed in seeds if (failure := try_schedule((seed, bug))[1]))
     failure = next(found, None)
     assert failure is not None, f"{bug} was not found in {ENOUGH} schedules"

@@ -10,8 +10,6 @@ from services.moto import MotoServer
 from services.proxy import FaultProxy
 from services.s3_server import S3Server
 
-pytest.register_assert_rewrite("contracts.objects")
-
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[MotoServer]:
