@@ -20,6 +20,8 @@ RECONCILE_SECONDS = 30.0
 """The queue is compared with the store this often, whatever happens."""
 IDLE_SECONDS = 2.0
 """…and this often while there is nothing to claim."""
+POLL_SECONDS = 0.5
+"""Pause between looks at the queue while there is nothing to claim."""
 REDIS_PATIENCE_SECONDS = 300.0
 """A queue silent for this long ends the producer."""
 REMIND_SECONDS = 60.0
@@ -83,10 +85,10 @@ class Work:
                 return None
             if self.retention.limit < self._writer.manifest.n_chunks:
                 self._remind()
-                self._wait(stop, 0.5, "budget")
+                self._wait(stop, POLL_SECONDS, "budget")
                 self._advance()
             else:
-                self._wait(stop, 0.5, "claimed by others")
+                self._wait(stop, POLL_SECONDS, "claimed by others")
             self._reconciled = min(self._reconciled, time.monotonic() - RECONCILE_SECONDS + IDLE_SECONDS)
         return None
 

@@ -238,7 +238,7 @@ class Plan:
     """The shape of an experiment, drawn from its seed."""
 
     def __init__(self, draw: Any) -> None:
-        n = draw.randint(4, 8)
+        n = draw.randint(4, 7)
         self.rows = [draw.randint(2, 4) for _ in range(n)]
         self.retention = draw.choice(["window", "keep"])
         self.mixed = draw.random() < 0.4
@@ -246,7 +246,7 @@ class Plan:
         self.window_chunks, self.head_interval = draw.randint(1, 2), draw.randint(1, 2)
         epochs = 1 if self.retention == "window" else draw.randint(1, 2)
         # where chunks go away, the moment at which another run comes matters
-        runs = draw.randint(2, 4) if self.retention == "window" else draw.randint(1, 2)
+        runs = draw.randint(2, 3) if self.retention == "window" else draw.randint(1, 2)
         self.runs = [self._run(number, epochs) for number in range(runs)]
         needs = max(chunks_needed(settings, n) for settings in self.runs)
         self.budget = needs + draw.randint(0, 1) if self.retention == "window" else None

@@ -2,8 +2,13 @@
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from unittest.mock import patch
 
+from penstock.producer import work
+from penstock.trainer import supply, worker
 from simulation.experiment import Experiment
 from simulation.planted import planted
 from simulation.world import patched_world
@@ -38,10 +43,21 @@ def _warm_up() -> None:
     _run(0)
 
 
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Waiting processes look less often: what they see is the same, and schedules are shorter."""
+    with (
+        patch.object(work, "POLL_SECONDS", 2.0),
+        patch.object(worker, "IDLE_SECONDS", 2.0),
+        patch.object(supply, "BLOCK_MS", 2000),
+    ):
+        yield
+
+
 def _run(seed: int) -> Experiment:
     logging.disable(logging.CRITICAL)
     try:
-        with patched_world():
+        with patched_world(), _patient():
             experiment = Experiment(seed)
             experiment.run()
             return experiment
