@@ -15,6 +15,7 @@ Inside `with Scheduler(...)` the clocks, `uuid.uuid4`, `random`, `threading.Even
 there outside of any actor, such as a test's set-up and its checks, never gives way.
 """
 
+import gc
 import heapq
 import random
 import threading
@@ -224,6 +225,7 @@ class Scheduler:
         self._deadline = 0.0
         self._outside: Scheduler | None = None
         self._random_state: Any = None
+        self._collects = False
 
     # Who takes part
 
@@ -402,6 +404,9 @@ class Scheduler:
     def __enter__(self) -> "Scheduler":
         self._outside = current()
         self._random_state = random.getstate()
+        self._collects = gc.isenabled()
+        # a collection would finalise, in some actor's turn, what was left behind outside of the simulation
+        gc.disable()
         random.seed(self.seed)
         _here.scheduler = self
         return self
@@ -418,6 +423,8 @@ class Scheduler:
         finally:
             _here.scheduler = self._outside
             random.setstate(self._random_state)
+            if self._collects:
+                gc.enable()
 
     # Inside
 

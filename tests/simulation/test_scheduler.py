@@ -1,5 +1,6 @@
 """The simulation itself: turns, time, and what crashing and freezing a process do."""
 
+import gc
 import random
 import threading
 import time
@@ -10,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from simulation.scheduler import WALL_START, Crashed, Event, Scheduler, Stuck, in_turn, outside
+from simulation.scheduler import WALL_START, Crashed, Event, Scheduler, Stuck, current, in_turn, outside
 from simulation.world import patched_world
 
 
@@ -351,3 +352,26 @@ def test_a_run_may_be_stopped_and_taken_up_again() -> None:
         assert not process.ended
         world.run()
         assert process.ended
+
+
+def test_garbage_from_outside_is_not_finalised_in_an_actors_turn() -> None:
+    finalised_in: list[Scheduler | None] = []
+
+    class Left:
+        def __init__(self) -> None:
+            self.itself = self  # only a collection finds it
+
+        def __del__(self) -> None:
+            finalised_in.append(current())
+
+    def allocate() -> None:
+        for _ in range(100_000):
+            cycle: list[object] = []
+            cycle.append(cycle)
+
+    Left()
+    with Scheduler(0) as world:
+        world.process("one").spawn(allocate)
+        world.run()
+    gc.collect()
+    assert finalised_in == [None]
