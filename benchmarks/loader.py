@@ -138,6 +138,7 @@ def _manifest() -> Manifest:
             threads=torch.get_num_threads(),
             compute_dtype="float32",
             attention="none",
+            capture="none",
             libraries="none",
             sequences_per_forward=SEQUENCES,
             allow_mixed=False,

@@ -26,7 +26,7 @@ class DatasetSettings(Settings):
     url: str = "dataset"
     """Where the dataset is stored: a path (relative to workdir) or s3://…"""
     hooks: list[str] = Field(min_length=1)
-    """Hook points, TransformerLens names; all captured in one forward pass."""
+    """Hook points, TransformerLens names or patterns (`blocks.*.hook_resid_post`); one forward pass for all."""
     max_rows: int | None = Field(None, ge=1)
     """Plan about this many rows at least; null uses the whole corpus."""
     sequences_per_chunk: int | None = Field(None, ge=1)
@@ -71,9 +71,8 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel
             f"corpus.context: {corpus.manifest.context} tokens, but {model.files.name} reads at most "
             f"{model.context}"
         )
-    widths = model.widths(settings.hooks)
-    if len(set(settings.hooks)) != len(settings.hooks):
-        raise ConfigError("dataset.hooks: a hook is listed twice")
+    hooks = model.resolve(settings.hooks)
+    widths = model.widths(hooks)
     sequences = settings.sequences_per_chunk or _sequences_per_chunk(
         corpus.manifest.context, max(widths.values())
     )
@@ -105,8 +104,8 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel
             weights_sha256=model.files.weights_sha256(),
             drop_special=settings.drop_special,
         ),
-        numerics=numerics(model, settings),
-        hooks=[HookSpec(name=name, d_in=widths[name]) for name in settings.hooks],
+        numerics=numerics(model, settings, hooks),
+        hooks=[HookSpec(name=name, d_in=widths[name]) for name in hooks],
         sequences_per_chunk=sequences,
         rows_per_chunk=sequences * (corpus.manifest.context - lead),
         rows=rows,
@@ -116,15 +115,16 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel
     )
 
 
-def numerics(model: LanguageModel, settings: DatasetSettings) -> Numerics:
+def numerics(model: LanguageModel, settings: DatasetSettings, hooks: list[str]) -> Numerics:
     """What the bits of this process's activations depend on."""
     return Numerics(
         device=device_kind(model.device),
         torch=torch.__version__,
         threads=torch.get_num_threads() if model.device.type == "cpu" else 0,
         compute_dtype=str(model.dtype).removeprefix("torch."),
-        attention=model.name_of_attention,
-        # the bridge computes attention itself, so its version matters as much as the model's code
+        attention=model.attention,
+        capture=model.way(hooks),
+        # the bridge may compute attention itself, so its version matters as much as the model's code
         libraries=", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers")),
         sequences_per_forward=settings.sequences_per_forward,
         allow_mixed=settings.allow_mixed,

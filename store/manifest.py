@@ -53,6 +53,8 @@ class Numerics(_Part):
     threads: NonNegativeInt
     compute_dtype: str
     attention: str
+    capture: str
+    """Where activations were taken: at the model's own modules, or through TransformerLens's bridge."""
     libraries: str
     """Versions of what runs the model's code."""
     sequences_per_forward: PositiveInt

@@ -93,7 +93,7 @@ def evaluate(
     for start in range(0, n, batch_sequences):
         tokens = torch.from_numpy(corpus.tokens(start, min(n, start + batch_sequences), HELD_OUT)).long()
         keep = ~torch.isin(tokens, special)
-        captured = model.capture(tokens, list(hooks))
+        captured = model.activations(tokens, list(hooks))
         for hook, tally in hooks.items():
             _add_hook(tally, captured[hook].float().cpu()[keep])
             tally.zero += _cross_entropy(model, tokens, keep, hook, torch.zeros_like)

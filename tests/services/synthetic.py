@@ -50,6 +50,7 @@ def make_manifest(
             threads=1,
             compute_dtype="float32",
             attention="none",
+            capture="none",
             libraries="none",
             sequences_per_forward=10,
             allow_mixed=False,

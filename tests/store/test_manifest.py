@@ -42,6 +42,7 @@ def manifest(**changes: Any) -> Manifest:
             threads=1,
             compute_dtype="float32",
             attention="sdpa",
+            capture="modules",
             libraries="transformers 5.23.0",
             sequences_per_forward=2,
             allow_mixed=False,

@@ -77,7 +77,7 @@ def held_out(corpus: Corpus) -> tuple[Tensor, Tensor]:
 
 def kept_rows(corpus: Corpus, hook: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     tokens, keep = held_out(corpus)
-    return shipped_model().capture(tokens, [hook])[hook][keep].double().numpy()
+    return shipped_model().activations(tokens, [hook])[hook][keep].double().numpy()
 
 
 def test_an_identity_recovers_everything(result: dict[str, Any]) -> None:
