@@ -6,6 +6,7 @@ Each puts the rooms' parts together, runs one loop and takes everything down aga
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def produce(config: Config) -> None:
     from penstock.common.heartbeat import Heartbeat
     from penstock.common.redis import connect
     from penstock.producer.loop import produce as run_loop
+    from penstock.producer.memory import store_threads
     from penstock.producer.sink import Sink
     from penstock.producer.work import Work
     from penstock.store.dataset import DatasetWriter
@@ -70,7 +72,8 @@ def produce(config: Config) -> None:
     settings = config.dataset
     check_quota(plan, settings.quota_bytes, settings.budget_bytes)
     budget = budget_chunks(plan, settings.budget_bytes)
-    writer = DatasetWriter(store, plan)
+    threads = store_threads(plan.chunk_bytes(), plan.largest_object_bytes(), settings.memory_bytes)
+    writer = DatasetWriter(store, plan, ThreadPoolExecutor(threads, thread_name_prefix="put"))
     manifest = writer.manifest
     _announce_build()
     LOGGER.info("producing %s", store.url, extra={"worker": worker, "port": server.port})

@@ -11,6 +11,7 @@ from penstock.common.device import device_kind
 from penstock.common.errors import ConfigError
 from penstock.common.model.language_model import LanguageModel
 from penstock.common.settings import Settings
+from penstock.producer.memory import bytes_held
 from penstock.store.corpus import Corpus
 from penstock.store.layout import FORMAT_VERSION
 from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
@@ -26,11 +27,14 @@ class DatasetSettings(Settings):
     url: str = "dataset"
     """Where the dataset is stored: a path (relative to workdir) or s3://…"""
     hooks: list[str] = Field(min_length=1)
-    """Hook points, TransformerLens names or patterns (`blocks.*.hook_resid_post`); one forward pass for all."""
+    """Hook points, TransformerLens names or patterns (`blocks.*.hook_resid_post`), from one forward pass."""
     max_rows: int | None = Field(None, ge=1)
     """Plan about this many rows at least; null uses the whole corpus."""
     sequences_per_chunk: int | None = Field(None, ge=1)
-    """Sequences in one chunk; null chooses so that the largest object is at most 32 MiB."""
+    """Sequences in one chunk; null chooses so that the largest object is at most 32 MiB and memory_bytes
+    suffices."""
+    memory_bytes: int = Field(4_000_000_000, ge=1)
+    """Bytes of chunks that a producer may hold at a time; the model and its forward pass come on top."""
     sequences_per_forward: int = Field(16, ge=1)
     """Sequences in one forward pass. Bits depend on it."""
     drop_special: bool = True
@@ -73,9 +77,7 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel
         )
     hooks = model.resolve(settings.hooks)
     widths = model.widths(hooks)
-    sequences = settings.sequences_per_chunk or _sequences_per_chunk(
-        corpus.manifest.context, max(widths.values())
-    )
+    sequences = settings.sequences_per_chunk or _sequences_per_chunk(settings, corpus, list(widths.values()))
     rows = _rows(settings, corpus, sequences)
     largest = sequences * corpus.manifest.context * 2 * max(widths.values())
     if largest >= MAX_CREATE_BYTES - 1024:
@@ -131,10 +133,13 @@ def numerics(model: LanguageModel, settings: DatasetSettings, hooks: list[str]) 
     )
 
 
-def _sequences_per_chunk(context: int, widest: int) -> int:
-    """The largest power of two whose widest object stays within the target."""
-    sequences = 1
-    while 2 * sequences * context * widest * 2 <= TARGET_OBJECT_BYTES:
+def _sequences_per_chunk(settings: DatasetSettings, corpus: Corpus, widths: list[int]) -> int:
+    """The largest power of two whose widest object stays within the target, and its chunk in memory."""
+    per_sequence, sequences = 2 * corpus.manifest.context, 1
+    while 2 * sequences * per_sequence * max(widths) <= TARGET_OBJECT_BYTES:
+        chunk, largest = (2 * sequences * per_sequence * d for d in (sum(widths), max(widths)))
+        if bytes_held(chunk, largest, 1) > settings.memory_bytes:
+            break
         sequences *= 2
     return sequences
 

@@ -93,10 +93,7 @@ def encode_payload(array: npt.NDArray[np.generic]) -> bytes:
     """Stored bytes of one chunk: little-endian values, then their crc32c."""
     raw = _little_endian(array)
     checksum = int(google_crc32c.value(raw))
-    out = bytearray(raw.nbytes + CRC_BYTES)
-    np.frombuffer(out, dtype=np.uint8)[: raw.nbytes] = raw
-    out[raw.nbytes :] = checksum.to_bytes(CRC_BYTES, "little")
-    return bytes(out)
+    return b"".join((raw.data, checksum.to_bytes(CRC_BYTES, "little")))
 
 
 def _little_endian(array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:

@@ -35,6 +35,7 @@ from penstock.store.commits import (
     read_commit,
 )
 from penstock.store.layout import (
+    ACTS,
     ARRAYS,
     POSITION,
     SEQUENCE,
@@ -74,6 +75,13 @@ class Chunk:
     @property
     def rows(self) -> int:
         return len(self.tokens)
+
+    def array(self, path: str) -> Array:
+        """The rows that belong into an array of the dataset."""
+        if path.startswith(ACTS):
+            return self.acts[path.removeprefix(ACTS)]
+        others: dict[str, Array] = {TOKENS: self.tokens, SEQUENCE: self.sequence, POSITION: self.position}
+        return others[path]
 
 
 class Dataset:
@@ -197,20 +205,6 @@ class DatasetWriter:
         create_arrays(store, ARRAYS, self.specs)
         self._pool = pool or ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
 
-    def arrange(self, index: int, chunk: Chunk) -> dict[str, Array]:
-        """A chunk's rows, permuted by the dataset's seed and padded to R, by array path.
-
-        Raises:
-            ValueError: the rows are not what the manifest plans.
-            ModelError: they are not finite.
-        """
-        if chunk.rows != self.manifest.rows[index]:
-            raise ValueError(f"chunk {index} has {chunk.rows} rows, not {self.manifest.rows[index]}")
-        order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
-        rows: dict[str, Array] = {acts_array(name): acts for name, acts in chunk.acts.items()}
-        rows |= {TOKENS: chunk.tokens, SEQUENCE: chunk.sequence, POSITION: chunk.position}
-        return {spec.path: _permuted(index, spec, rows[spec.path], order) for spec in self.specs}
-
     def write(self, index: int, chunk: Chunk, worker: str | None = None) -> tuple[Commit, bool]:
         """Store and commit a chunk.
 
@@ -222,15 +216,13 @@ class DatasetWriter:
 
         Raises:
             DamagedObject: an object is there already and is not a whole chunk.
+            ModelError: the rows are not finite; nothing was stored.
+            ValueError: they are not what the manifest plans.
         """
-        arranged = self.arrange(index, chunk)
-        # before anything is stored: they also tell whether the rows are finite
-        measured: dict[str, Moments] | None = self._moments(arranged, chunk.rows)
-        stored = dict(self._pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs))
-        for path, array in stored.items():
-            if path.startswith("acts/") and array is not arranged[path]:
-                measured = None  # another writer's bytes count
-        commit = describe_chunk(self.manifest, index, stored, measured)
+        self._check(index, chunk)
+        order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
+        parts = list(self._pool.map(lambda spec: self._store(spec, index, chunk, order), self.specs))
+        commit = _commit(self.manifest, index, dict(zip(self.specs, parts, strict=True)))
         if worker is not None:
             told = {"index": index, "worker": worker, "time": time.time()}
             self.store.put_guarded(provenance_key(index, worker), told)
@@ -246,18 +238,19 @@ class DatasetWriter:
         Returns:
             False if the recomputation is not what was committed; nothing was changed.
         """
-        arranged = self.arrange(index, chunk)
+        self._check(index, chunk)
+        order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
         try:
             commit = read_commit(self.store, index)
         except ObjectMissing:
             self.write(index, chunk)
             return True
         except DamagedObject:
-            commit = self._remember(index, arranged)
+            commit = self._remember(index, chunk, order)
         broken: dict[str, bytes] = {}
         for spec in self.specs:
             if not is_as_committed(self.store, spec, commit):
-                data = encode_payload(arranged[spec.path])
+                data = encode_payload(arranged(spec, chunk, order))
                 if commit.objects.get(spec.path) != StoredObject(len(data), payload_checksum(data)):
                     return False
                 broken[spec.key(ARRAYS, index)] = data
@@ -269,23 +262,37 @@ class DatasetWriter:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _remember(self, index: int, arranged: dict[str, Array]) -> Commit:
-        """The commit of a chunk whose commit is damaged: whole objects count, the rest is recomputed."""
-        stored = dict(arranged)
+    def _check(self, index: int, chunk: Chunk) -> None:
+        """Refuse what must not be stored, before anything is."""
+        if chunk.rows != self.manifest.rows[index]:
+            raise ValueError(f"chunk {index} has {chunk.rows} rows, not {self.manifest.rows[index]}")
         for spec in self.specs:
-            with contextlib.suppress(DataError):
-                stored[spec.path] = load_payload(self.store, spec, index)
-        return describe_chunk(self.manifest, index, stored)
+            given = chunk.array(spec.path)
+            if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
+                raise ValueError(
+                    f"chunk {index}: {spec.path} is {given.dtype} {list(given.shape)}, not "
+                    f"{spec.dtype} [rows{''.join(f', {n}' for n in spec.shape[1:])}]"
+                )
+        if not all(self._pool.map(is_finite, chunk.acts.values())):
+            raise ModelError("the model gave non-finite activations; nothing was committed")
 
-    def _moments(self, arranged: dict[str, Array], rows: int) -> dict[str, Moments]:
-        hooks = {hook.name: arranged[acts_array(hook.name)][:rows] for hook in self.manifest.hooks}
-        return {name: moments(acts) for name, acts in hooks.items()}
-
-    def _store(self, spec: ArraySpec, index: int, array: Array) -> tuple[str, Array]:
+    def _store(self, spec: ArraySpec, index: int, chunk: Chunk, order: npt.NDArray[np.int64]) -> "_Part":
+        """Store one array of a chunk. Only as many at a time are laid out as there are threads for it."""
+        array = arranged(spec, chunk, order)
         if not self.store.create(spec.key(ARRAYS, index), encode_payload(array)):
             # Someone was here before: what is stored counts, if it is whole.
-            return spec.path, load_payload(self.store, spec, index)
-        return spec.path, array
+            array = load_payload(self.store, spec, index)
+        return _describe(spec, array, chunk.rows)
+
+    def _remember(self, index: int, chunk: Chunk, order: npt.NDArray[np.int64]) -> Commit:
+        """The commit of a chunk whose commit is damaged: whole objects count, the rest is recomputed."""
+        parts = {}
+        for spec in self.specs:
+            array = arranged(spec, chunk, order)
+            with contextlib.suppress(DataError):
+                array = load_payload(self.store, spec, index)
+            parts[spec] = _describe(spec, array, chunk.rows)
+        return _commit(self.manifest, index, parts)
 
 
 def load_payload(store: ObjectStore, spec: ArraySpec, index: int) -> Array:
@@ -307,20 +314,46 @@ def is_as_committed(store: ObjectStore, spec: ArraySpec, commit: Commit) -> bool
     return commit.objects.get(spec.path) == StoredObject(*payload_description(array))
 
 
-def describe_chunk(
-    manifest: Manifest, index: int, stored: dict[str, Array], measured: dict[str, Moments] | None = None
-) -> Commit:
-    """The commit of a chunk's stored arrays: a function of their bytes alone.
+@dataclass(frozen=True)
+class _Part:
+    """What a commit says of one array's object; `rows` only of the array that tells."""
 
-    Args:
-        measured: the moments, where they are known already.
+    stored: StoredObject
+    moments: Moments | None
+    rows: int | None
+
+
+def _describe(spec: ArraySpec, array: Array, rows: int) -> _Part:
+    return _Part(
+        stored=StoredObject(*payload_description(array)),
+        moments=moments(array[:rows]) if spec.path.startswith(ACTS) else None,
+        rows=int(np.count_nonzero(array != UNUSED)) if spec.path == SEQUENCE else None,
+    )
+
+
+def _commit(manifest: Manifest, index: int, parts: dict[ArraySpec, _Part]) -> Commit:
+    rows = next(part.rows for part in parts.values() if part.rows is not None)
+    if rows != manifest.rows[index]:
+        raise DamagedObject(f"the stored chunk {index} has {rows} rows, not {manifest.rows[index]}")
+    return Commit(
+        index=index,
+        rows=rows,
+        objects={spec.path: part.stored for spec, part in parts.items()},
+        moments={spec.path.removeprefix(ACTS): part.moments for spec, part in parts.items() if part.moments},
+    )
+
+
+def describe_stored(store: ObjectStore, manifest: Manifest, index: int) -> Commit:
+    """The commit of a chunk's stored objects: a function of their bytes alone.
+
+    Raises:
+        ObjectMissing, DamagedObject: one of them is not whole.
     """
-    rows = int(np.count_nonzero(stored[SEQUENCE] != UNUSED))
-    if measured is None:
-        hooks = [hook.name for hook in manifest.hooks]
-        measured = {name: moments(stored[acts_array(name)][:rows]) for name in hooks}
-    objects = {path: StoredObject(*payload_description(array)) for path, array in stored.items()}
-    return Commit(index=index, rows=rows, objects=objects, moments=measured)
+    rows = manifest.rows[index]
+    parts = {
+        spec: _describe(spec, load_payload(store, spec, index), rows) for spec in dataset_arrays(manifest)
+    }
+    return _commit(manifest, index, parts)
 
 
 def restore_commit(store: ObjectStore, commit: Commit) -> None:
@@ -330,17 +363,22 @@ def restore_commit(store: ObjectStore, commit: Commit) -> None:
         store.put(key, data)
 
 
-def _permuted(index: int, spec: ArraySpec, given: Array, order: npt.NDArray[np.int64]) -> Array:
-    full = np.full(spec.chunk_shape, UNUSED if spec.path == SEQUENCE else 0, spec.dtype)
+def arranged(spec: ArraySpec, chunk: Chunk, order: npt.NDArray[np.int64]) -> Array:
+    """An array of a chunk as it is stored: rows permuted, then unused ones up to R."""
     # 16-bit integers gather faster than bfloat16, and the bits are the same
     plain = np.uint16 if spec.dtype.itemsize == 2 else spec.dtype
-    if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
-        raise ValueError(
-            f"chunk {index}: {spec.path} is {given.dtype} {list(given.shape)}, not "
-            f"{spec.dtype} [rows{''.join(f', {n}' for n in spec.shape[1:])}]"
-        )
-    np.take(given.view(plain), order, axis=0, out=full.view(plain)[: len(order)])
+    full = np.empty(spec.chunk_shape, spec.dtype)
+    full[len(order) :] = UNUSED if spec.path == SEQUENCE else 0
+    np.take(chunk.array(spec.path).view(plain), order, axis=0, out=full.view(plain)[: len(order)])
     return full
+
+
+def is_finite(acts: Array) -> bool:
+    """Whether all of [rows, d_in] bfloat16 are: none has an exponent of all ones."""
+    bits = acts.view(np.uint16)
+    exponent = np.uint16(0x7F80)
+    blocks = (bits[start : start + 1024] for start in range(0, len(bits), 1024))
+    return not any(((block & exponent) == exponent).any() for block in blocks)
 
 
 def moments(acts: Array) -> Moments:
@@ -353,7 +391,4 @@ def moments(acts: Array) -> Moments:
         largest = max(largest, float(np.abs(block).max(initial=0.0)))
     squared = np.concatenate(norms) if norms else np.zeros(0)
     count = max(1, len(squared))
-    values = [float(np.sqrt(squared).sum()) / count, float(squared.sum()) / count, largest]
-    if not np.isfinite(values).all():
-        raise ModelError("the model gave non-finite activations; nothing was committed")
-    return Moments(*values)
+    return Moments(float(np.sqrt(squared).sum()) / count, float(squared.sum()) / count, largest)

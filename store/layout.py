@@ -8,11 +8,12 @@ ARRAYS = "activations.zarr"
 CORPUS_ARRAYS = "corpus.zarr"
 DOCUMENTS = "documents.json"
 TOKENS, SEQUENCE, POSITION = "tokens", "sequence", "position"
+ACTS = "acts/"
 
 
 def acts_array(hook_name: str) -> str:
     """Path of a hook point's array inside the Zarr group."""
-    return f"acts/{hook_name}"
+    return f"{ACTS}{hook_name}"
 
 
 def chunk_key(group: str, array: str, index: int, ndim: int) -> str:

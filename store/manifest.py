@@ -116,6 +116,10 @@ class Manifest(_Part):
         have = ", ".join(hook.name for hook in self.hooks)
         raise UserError(f"hook {hook_name!r} is not in this dataset, which holds {have}")
 
+    def largest_object_bytes(self) -> int:
+        """Stored bytes of the largest object of a chunk."""
+        return self.rows_per_chunk * max([8, *(2 * hook.d_in for hook in self.hooks)]) + 4
+
     def chunk_bytes(self) -> int:
         """Stored bytes of one full chunk, all objects together."""
         per_row = sum(2 * hook.d_in for hook in self.hooks) + 4 + 8 + 4

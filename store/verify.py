@@ -13,7 +13,7 @@ from penstock.common.errors import DataError, ObjectMissing, PenstockError
 from penstock.store.arrays import ArraySpec, dataset_arrays, zarr_metadata
 from penstock.store.commits import Commit, read_commit
 from penstock.store.corpus import Corpus, corpus_arrays
-from penstock.store.dataset import Dataset, describe_chunk, is_as_committed, load_payload, restore_commit
+from penstock.store.dataset import Dataset, describe_stored, is_as_committed, load_payload, restore_commit
 from penstock.store.layout import ARRAYS, CORPUS_ARRAYS, MANIFEST, commit_key, copy_key
 from penstock.store.objects import ObjectStore
 from penstock.store.records import decode_record
@@ -159,9 +159,7 @@ def _object_problem(store: ObjectStore, spec: ArraySpec, commit: Commit) -> str:
 def _commit_fault(dataset: Dataset, index: int, problem: str) -> Fault:
     """A commit follows from its chunk's objects, if these are whole."""
     try:
-        specs = dataset_arrays(dataset.manifest)
-        stored = {spec.path: load_payload(dataset.store, spec, index) for spec in specs}
-        commit = describe_chunk(dataset.manifest, index, stored)
+        commit = describe_stored(dataset.store, dataset.manifest, index)
     except PenstockError:
         return Fault(problem, f"makes chunk {index} again", chunk=index)
     return Fault(problem, "derives it from its chunk", lambda: restore_commit(dataset.store, commit))

@@ -30,8 +30,8 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the model computes in. bfloat16 is slower than float32 on most CPUs."""
     attention: Literal["eager", "sdpa"] = "eager"
-    """Attention kernel for capture: eager gives the bits of TransformerLens's bridge; sdpa is faster on GPUs and
-    serves hook points at the edges of the model's modules only. Bits depend on it."""
+    """Attention kernel for capture: eager gives the bits of TransformerLens's bridge; sdpa is faster on GPUs
+    and serves hook points at the edges of the model's modules only. Bits depend on it."""
     threads: int | None = Field(1, ge=1)
     """CPU threads per producer; null leaves it to torch. Bits depend on it."""
 

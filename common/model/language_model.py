@@ -57,7 +57,8 @@ class LanguageModel:
         Raises:
             ModelError: nothing matches, or two of them name the same hook point.
         """
-        known, found = self.hook_names(), []
+        known = self.hook_names()
+        found: list[str] = []
         for pattern in patterns:
             expression = re.compile(_expression(pattern))
             matches = [name for name in known if expression.fullmatch(name)]
@@ -200,7 +201,7 @@ class LanguageModel:
         return [n for n in hook_names if not self._agree(by_modules.get(n), by_bridge.get(n))]
 
     def _agree(self, ours: Tensor | None, bridged: Tensor | None) -> bool:
-        if ours is None or bridged is None or ours.shape[:2] != bridged.shape[:2]:
+        if ours is None or bridged is None or ours.dim() < 3 or ours.shape[:2] != bridged.shape[:2]:
             return False
         ours, bridged = ours.flatten(2), bridged.flatten(2)
         if self.attention == "eager":

@@ -71,7 +71,8 @@ class TappedModel:
 
     def _unbridged(self, module: nn.Module) -> nn.Module:
         if hasattr(module, "original_component"):
-            module = module.original_component
+            wrapped: Any = module.original_component
+            module = wrapped
         if id(module) not in self._twins:
             twin = copy.copy(module)
             self._twins[id(module)] = twin

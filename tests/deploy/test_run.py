@@ -204,7 +204,9 @@ def test_other_readers_see_what_the_model_computed(small_run: Path) -> None:
         bits = by_zarr.view(np.uint16)
         assert (bits == by_tensorstore.view(np.uint16)).all()
         for first in (0, 48):  # two forward passes as the producer made them
-            captured = model.activations(torch.from_numpy(stored_tokens[first : first + 16]).long(), [hook.name])
+            captured = model.activations(
+                torch.from_numpy(stored_tokens[first : first + 16]).long(), [hook.name]
+            )
             computed = captured[hook.name].view(torch.int16).numpy().view(np.uint16)
             rows = used[(sequence[used] >= first) & (sequence[used] < first + 16)]
             assert len(rows) > 1000

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from penstock.common.errors import ConfigError, ModelError
+from penstock.producer.memory import STORE_THREADS, bytes_held, store_threads
 from penstock.producer.plan import DatasetSettings, plan_dataset
 from penstock.store.corpus import Corpus
 from penstock.store.manifest import Manifest
@@ -80,9 +81,40 @@ def test_a_hook_without_one_vector_per_position_is_refused(small_corpus: Corpus)
         plan(small_corpus, hooks=["blocks.2.attn.hook_pattern"])
 
 
-def test_a_hook_listed_twice_is_refused(small_corpus: Corpus) -> None:
-    with pytest.raises(ConfigError, match=r"dataset\.hooks: a hook is listed twice"):
-        plan(small_corpus, hooks=[RESID_3, RESID_3])
+@pytest.mark.parametrize("again", [RESID_3, "blocks.*.hook_resid_post"])
+def test_a_hook_listed_twice_is_refused(small_corpus: Corpus, again: str) -> None:
+    with pytest.raises(ModelError, match=rf"dataset\.hooks: {RESID_3} is listed twice"):
+        plan(small_corpus, hooks=[RESID_3, again])
+
+
+def test_patterns_stand_for_hooks_in_the_models_order(small_corpus: Corpus) -> None:
+    hooks = plan(small_corpus, hooks=["blocks.[35].hook_resid_post", "blocks.?.mlp.hook_post"]).hooks
+    names = ["blocks.3.hook_resid_post", "blocks.5.hook_resid_post"]
+    names += [f"blocks.{layer}.mlp.hook_post" for layer in range(6)]
+    assert [hook.name for hook in hooks] == names
+    assert [hook.d_in for hook in hooks] == [192] * 2 + [768] * 6
+
+
+def test_a_star_does_not_reach_over_a_dot(small_corpus: Corpus) -> None:
+    with pytest.raises(ModelError, match=r"no hook 'blocks\.\*\.hook_post'. Did you mean"):
+        plan(small_corpus, hooks=["blocks.*.hook_post"])
+
+
+def test_chunks_are_sized_for_the_memory_there_is(small_corpus: Corpus) -> None:
+    mlps: dict[str, Any] = {"hooks": ["blocks.*.mlp.hook_post"], "sequences_per_chunk": None}
+    roomy = plan(small_corpus, **mlps)
+    tight = plan(small_corpus, **mlps, memory_bytes=20_000_000)
+    assert tight.sequences_per_chunk < roomy.sequences_per_chunk
+    for manifest, budget in ((tight, 20_000_000), (roomy, 4_000_000_000)):
+        held = bytes_held(manifest.chunk_bytes(), manifest.largest_object_bytes(), 1)
+        assert held <= budget
+
+
+def test_too_little_memory_is_refused_in_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.memory_bytes: 100 MB, but chunks of 60 MB need 140 MB"):
+        store_threads(60_000_000, 10_000_000, 100_000_000)
+    assert store_threads(60_000_000, 10_000_000, 165_000_000) == 2
+    assert store_threads(60_000_000, 10_000_000, 10**10) == STORE_THREADS
 
 
 def test_a_context_the_model_cannot_read_is_refused(small_corpus: Corpus) -> None:

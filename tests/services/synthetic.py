@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from penstock.store.arrays import BFLOAT16
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.common.permutation import permutation
+from penstock.store.arrays import BFLOAT16, dataset_arrays
+from penstock.store.dataset import Chunk, Dataset, DatasetWriter, arranged
 from penstock.store.layout import FORMAT_VERSION
 from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
 from penstock.store.objects import open_store
@@ -91,6 +93,12 @@ class SyntheticSource:
         strengths = random.random((rows, len(directions))) * (random.random((rows, len(directions))) < 0.1)
         acts = strengths @ directions + 0.05 * random.standard_normal((rows, hook.d_in)) + 0.3
         return acts.astype(np.float32).astype(BFLOAT16)
+
+
+def laid_out(manifest: Manifest, index: int, chunk: Chunk) -> dict[str, npt.NDArray[np.generic]]:
+    """A chunk's arrays as they are stored, by path."""
+    order = permutation(chunk.rows, manifest.seed, "chunk", index)
+    return {spec.path: arranged(spec, chunk, order) for spec in dataset_arrays(manifest)}
 
 
 def write_dataset(

@@ -25,7 +25,7 @@ from penstock.store.local import LocalStore
 from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.records import crc32c
-from services.synthetic import MLP, RESID, ROWS_PER_CHUNK, make_manifest
+from services.synthetic import MLP, RESID, ROWS_PER_CHUNK, laid_out, make_manifest
 
 ROWS = [ROWS_PER_CHUNK, 150, ROWS_PER_CHUNK, 1]
 """The last chunk is short."""
@@ -301,7 +301,7 @@ def test_a_commit_describes_what_a_dead_writer_left(
     store: LocalStore, writer: DatasetWriter, manifest: Manifest, stored: int
 ) -> None:
     """Some objects are another's, of other bytes: the first one of each counts."""
-    other = writer.arrange(1, make_chunk(manifest, 1, salt=1))
+    other = laid_out(manifest, 1, make_chunk(manifest, 1, salt=1))
     theirs = {spec.key(GROUP, 1): encode_payload(other[spec.path]) for spec in writer.specs[:stored]}
     for key, data in theirs.items():
         assert store.create(key, data)
@@ -313,41 +313,38 @@ def test_a_commit_describes_what_a_dead_writer_left(
     read = open_dataset(store.url).read_chunk(1)
     for hook in (RESID, MLP):
         assert commit.moments[hook] == moments(read.acts[hook])
-    expected = other if stored > 0 else writer.arrange(1, make_chunk(manifest, 1))
+    expected = other if stored > 0 else laid_out(manifest, 1, make_chunk(manifest, 1))
     assert np.array_equal(bits(read.acts[RESID]), bits(expected[f"acts/{RESID}"])[:150])
 
 
-def test_rows_are_counted_in_what_is_stored(
-    store: LocalStore, writer: DatasetWriter, manifest: Manifest, tmp_path: Path
+def test_stored_rows_that_the_manifest_does_not_plan_are_not_committed(
+    store: LocalStore, writer: DatasetWriter, manifest: Manifest
 ) -> None:
-    """A commit is a function of the stored bytes, and not of the chunk that this writer brought."""
     shorter = make_manifest([ROWS[0], 100, *ROWS[2:]])
-    other = DatasetWriter(LocalStore(str(tmp_path / "other")), shorter)
-    left = other.arrange(1, make_chunk(shorter, 1))
-    other.close()
+    left = laid_out(shorter, 1, make_chunk(shorter, 1))
     for spec in writer.specs:
         store.create(spec.key(GROUP, 1), encode_payload(left[spec.path]))
-    commit, _ = writer.write(1, make_chunk(manifest, 1))
-    assert commit.rows == 100
-    assert commit.moments[MLP] == moments(left[f"acts/{MLP}"][:100])
+    with pytest.raises(DamagedObject, match="chunk 1 has 100 rows, not 150"):
+        writer.write(1, make_chunk(manifest, 1))
+    assert not store.exists(commit_key(1))
 
 
 def test_rows_that_the_manifest_does_not_plan_are_refused(writer: DatasetWriter, manifest: Manifest) -> None:
     chunk: Any = make_chunk(manifest, 1)
     with pytest.raises(ValueError, match="has 100 rows"):
-        writer.arrange(1, make_chunk(make_manifest([ROWS[0], 100, *ROWS[2:]]), 1))
+        writer.write(1, make_chunk(make_manifest([ROWS[0], 100, *ROWS[2:]]), 1))
     with pytest.raises(ValueError, match="tokens is int64"):
-        writer.arrange(1, replace(chunk, tokens=chunk.tokens.astype(np.int64)))
+        writer.write(1, replace(chunk, tokens=chunk.tokens.astype(np.int64)))
     halves: dict[str, Any] = {name: acts.astype(np.float16) for name, acts in chunk.acts.items()}
     with pytest.raises(ValueError, match="is float16"):
-        writer.arrange(1, replace(chunk, acts=halves))
+        writer.write(1, replace(chunk, acts=halves))
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"\x01" + data[1:]])
 def test_a_writer_refuses_to_commit_damaged_objects(
     store: LocalStore, writer: DatasetWriter, manifest: Manifest, spoil: Callable[[bytes], bytes]
 ) -> None:
-    whole = encode_payload(writer.arrange(1, make_chunk(manifest, 1))["sequence"])
+    whole = encode_payload(laid_out(manifest, 1, make_chunk(manifest, 1))["sequence"])
     store.create(f"{GROUP}/sequence/c/1", spoil(whole))
     with pytest.raises(DamagedObject, match="sequence/c/1"):
         writer.write(1, make_chunk(manifest, 1))

@@ -13,7 +13,7 @@ from penstock.store.arrays import encode_payload
 from penstock.store.dataset import Chunk, Dataset, DatasetWriter, restore_commit
 from penstock.store.layout import ARRAYS, commit_key
 from penstock.store.local import LocalStore
-from services.synthetic import MLP, RESID, SyntheticSource, make_manifest
+from services.synthetic import MLP, RESID, SyntheticSource, laid_out, make_manifest
 from services.trees import tree_digests
 
 MANIFEST = make_manifest([210, 150, 210])
@@ -170,7 +170,7 @@ class TestMixedBytes:
     @pytest.fixture
     def mixed(self, store: LocalStore) -> Iterator[DatasetWriter]:
         writer = DatasetWriter(store, MANIFEST)
-        theirs = writer.arrange(INDEX, wrong())[f"acts/{MLP}"]
+        theirs = laid_out(MANIFEST, INDEX, wrong())[f"acts/{MLP}"]
         assert store.create(key_of(f"acts/{MLP}"), encode_payload(theirs))
         _, ours = writer.write(INDEX, right())
         assert ours
