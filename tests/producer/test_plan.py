@@ -111,9 +111,9 @@ def test_chunks_are_sized_for_the_memory_there_is(small_corpus: Corpus) -> None:
 
 
 def test_too_little_memory_is_refused_in_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"dataset\.memory_bytes: 100 MB, but chunks of 60 MB need 140 MB"):
+    with pytest.raises(ConfigError, match=r"dataset\.memory_bytes: 100 MB, but chunks of 60 MB need 200 MB"):
         store_threads(60_000_000, 10_000_000, 100_000_000)
-    assert store_threads(60_000_000, 10_000_000, 165_000_000) == 2
+    assert store_threads(60_000_000, 10_000_000, 255_000_000) == 2
     assert store_threads(60_000_000, 10_000_000, 10**10) == STORE_THREADS
 
 

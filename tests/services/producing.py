@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from pathlib import Path
 
 from penstock.common.redis import Client
@@ -62,11 +63,12 @@ class Producer:
         manifest: Manifest | None = None,
         budget: int | None = None,
         store: ObjectStore | None = None,
+        pool: Executor | None = None,
     ) -> None:
         self.manifest = manifest or make_manifest()
         self.stop = Impatient()
         self.source = source or CountingSource(self.manifest)
-        self.writer = DatasetWriter(store or open_store(str(url)), self.manifest)
+        self.writer = DatasetWriter(store or open_store(str(url)), self.manifest, pool)
         where = (client, prefix, self.writer.store.url, self.manifest.digest, name, lease_seconds)
         self.queue = queue(*where)
         self.repairs = ChunkQueue(*where, repairs=True)
