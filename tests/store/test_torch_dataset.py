@@ -117,30 +117,29 @@ def test_twenty_stops_and_resumptions(dataset: Dataset, order: list[str]) -> Non
         assert merge(first) + merge([rest[turn] for turn in range(after)]) == order
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_workers_resume_by_their_own_states(
-    dataset: Dataset, order: list[str], monkeypatch: pytest.MonkeyPatch, workers: int
+    dataset: Dataset, order: list[str], monkeypatch: pytest.MonkeyPatch, workers: int, world_size: int
 ) -> None:
     """As with torchdata's StatefulDataLoader: each worker saves and loads for itself, at another progress."""
     draw = random.Random(2)
-    for begun in (0, 5):
-        whole = dataset.as_torch([RESID], **SETTINGS)
+    begun = 5
+    start = dataset.as_torch([RESID], **SETTINGS).state_after(begun)
+    ranks = {}
+    for rank in range(world_size):
         parts = []
         for id in range(workers):
             as_worker(monkeypatch, Worker(id, workers))
-            batches = dataset.as_torch([RESID, MLP], **SETTINGS)
-            as_worker(monkeypatch, None)
-            batches.load_state_dict(whole.state_after(begun))
-            as_worker(monkeypatch, Worker(id, workers))
-            part: list[str] = []
-            for _ in range(3):
-                part += take(batches, draw.randrange(12))
-                state = json.loads(json.dumps(batches.state_dict()))
-                batches = dataset.as_torch([RESID, MLP], **SETTINGS)
+            state, part = start, []
+            for taken in (draw.randrange(9), draw.randrange(9), None):
+                batches = dataset.as_torch([RESID, MLP], **SETTINGS, rank=rank, world_size=world_size)
                 batches.load_state_dict(state)
-                assert batches.state_dict() == state
-            parts.append(part + take(batches))
-        assert merge(parts) == order[begun:]
+                part += take(batches, taken)
+                state = json.loads(json.dumps(batches.state_dict()))
+            parts.append(part)
+        ranks[(rank - begun) % world_size] = merge(parts)
+    assert merge([ranks[turn] for turn in range(world_size)]) == order[begun:]
 
 
 def test_a_workers_state_is_of_no_use_to_others(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

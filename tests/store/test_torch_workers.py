@@ -1,6 +1,9 @@
 """The same order of batches out of real DataLoader worker processes, started anew on files and S3."""
 
+import copy
+import importlib.util
 import multiprocessing
+import os
 import random
 from itertools import islice, zip_longest
 from multiprocessing.context import BaseContext
@@ -19,6 +22,7 @@ from services.synthetic import MLP, RESID, make_manifest, write_dataset
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more workers than cores
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata uses it
 ]
 
 
@@ -95,6 +99,30 @@ def test_twenty_stops_with_other_workers_and_ranks_each_time(
         assert len(part) <= rounds * world_size
         found += part
         assert state["batches"] == len(found)
+    assert found == order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdata_saves_and_resumes_by_itself(
+    dataset: Dataset, order: list[str], forkserver: BaseContext, workers: int
+) -> None:
+    if importlib.util.find_spec("torchdata") is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no torchdata: pip install '.[dev]'")
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    found: list[str] = []
+    state = None
+    for taken in (7, 1, 12, None):
+        batches = dataset.as_torch([RESID, MLP], **SETTINGS)
+        context = forkserver if workers else None
+        own = StatefulDataLoader(
+            batches, batch_size=None, num_workers=workers, multiprocessing_context=context
+        )
+        if state is not None:
+            own.load_state_dict(state)
+        iterator = iter(own)
+        found += [fingerprint(batch) for batch in islice(iterator, taken)]
+        state = copy.deepcopy(own.state_dict())
     assert found == order
 
 
