@@ -50,6 +50,8 @@ from penstock.store.records import encode_record
 
 if TYPE_CHECKING:
     from penstock.store.loader import Batches
+    from penstock.store.lookup import Context, Rows
+    from penstock.store.torch_dataset import TorchBatches
 
 Array = npt.NDArray[np.generic]
 
@@ -133,13 +135,13 @@ class Dataset:
         for name in names:
             self.manifest.d_in(name)
         commit = self.commit(index)
-        arrays = {path: self._read(path, commit) for path in (TOKENS, SEQUENCE, POSITION)}
+        arrays = {path: self.read_object(path, commit) for path in (TOKENS, SEQUENCE, POSITION)}
         used = int(np.count_nonzero(arrays[SEQUENCE] != UNUSED))
         if used != commit.rows:
             raise DamagedObject(f"{self.url}: chunk {index} has {used} rows, not {commit.rows}")
         return Chunk(
             index=index,
-            acts={name: self._read(acts_array(name), commit)[:used] for name in names},
+            acts={name: self.read_object(acts_array(name), commit)[:used] for name in names},
             tokens=arrays[TOKENS][:used].view(np.int32),
             sequence=arrays[SEQUENCE][:used].view(np.int64),
             position=arrays[POSITION][:used].view(np.int32),
@@ -162,13 +164,74 @@ class Dataset:
 
         return dataset_batches(self, hooks, batch_rows, window_chunks, epochs, seed)
 
+    def as_torch(
+        self,
+        hooks: Sequence[str],
+        batch_rows: int = 4096,
+        window_chunks: int = 8,
+        epochs: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        with_tokens: bool = False,
+        partial: bool = False,
+    ) -> "TorchBatches":
+        """The batches of `batches` as a `torch.utils.data.IterableDataset` that can be stopped and resumed.
+
+        Args:
+            rank, world_size: rank r of W gets the batches whose number is r modulo W.
+            with_tokens: each batch also holds `tokens`, `sequence` and `position` of its rows.
+            partial: of a dataset that is not complete, read the chunks that are committed now.
+
+        Raises:
+            UserError: a setting is out of range, the dataset does not hold a hook, or it is not complete.
+        """
+        from penstock.store.torch_dataset import TorchBatches
+
+        return TorchBatches(
+            self, hooks, batch_rows, window_chunks, epochs, seed, rank, world_size, with_tokens, partial
+        )
+
+    def as_numpy(self, hook: str, start: int = 0, stop: int | None = None) -> Array:
+        """[rows, d_in] bfloat16: used rows [start, stop) in stored order. See `lookup.as_numpy`."""
+        from penstock.store.lookup import as_numpy
+
+        return as_numpy(self, hook, start, stop)
+
+    def rows(
+        self,
+        tokens: Sequence[int],
+        hooks: Sequence[str] | None = None,
+        limit: int | None = 1000,
+        partial: bool = False,
+    ) -> "Rows":
+        """The rows of some token ids, in stored order. See `lookup.find_rows`."""
+        from penstock.store.lookup import find_rows
+
+        return find_rows(self, tokens, hooks, limit, partial)
+
+    def context(self, sequence: int, position: int, before: int = 16, after: int = 16) -> "Context":
+        """The token ids around a row. See `lookup.context`."""
+        from penstock.store.lookup import context
+
+        return context(self, sequence, position, before, after)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # another process opens the store anew: connections do not travel
+        return _opened_again, (self.url, self.manifest)
+
     def quarantined(self) -> set[int]:
         """Indices of the chunks that no producer could make again as committed: readers skip them."""
         stems = (key.rsplit("/", 1)[-1] for key, _ in self.store.list("quarantine/"))
         names = (stem.removesuffix(".json") for stem in stems if stem.endswith(".json"))
         return {int(name) for name in names if name.isdecimal()}
 
-    def _read(self, path: str, commit: Commit) -> Array:
+    def read_object(self, path: str, commit: Commit) -> Array:
+        """One array's values of a committed chunk, unused rows included, checked against the commit.
+
+        Raises:
+            ObjectMissing, DamagedObject
+        """
         spec = self._specs[path]
         key = spec.key(ARRAYS, commit.index)
         name = f"{self.url}/{key}"
@@ -189,6 +252,10 @@ def open_dataset(url: str) -> Dataset:
     """
     store = open_store(url)
     return Dataset(store, load_manifest(store))
+
+
+def _opened_again(url: str, manifest: Manifest) -> Dataset:
+    return Dataset(open_store(url), manifest)
 
 
 class DatasetWriter:

@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from penstock.common import metrics
 from penstock.common.errors import DamagedObject, DataError, ObjectMissing, UserError
 from penstock.store.dataset import Chunk, Dataset
+from penstock.store.layout import POSITION, SEQUENCE, TOKENS
 from penstock.store.order import ReadingOrder, Window, batch_bounds
 
 READ_THREADS = 4
@@ -29,7 +30,8 @@ READ_THREADS = 4
 class LoadedWindow:
     """A window's rows in position order: per hook [n_rows, d_in] bfloat16, on the CPU.
 
-    `chunks` are the indices of the chunks that they come from.
+    `chunks` are the indices of the chunks that they come from. `origins` holds [n_rows] `tokens`, `position`
+    (both int32) and `sequence` (int64), if the reader was asked for them.
     """
 
     window: Window
@@ -37,6 +39,16 @@ class LoadedWindow:
     acts: dict[str, Tensor]
     n_rows: int
     row_order: Tensor
+    origins: dict[str, Tensor] = field(default_factory=dict)
+
+    def batch(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows [start, stop) of the mixed window: {hook: [stop − start, d_in] bfloat16}, and origins."""
+        rows = self.row_order[start:stop]
+        batch = {}
+        for hook, acts in self.acts.items():
+            # 16-bit integers gather faster than bfloat16, and the bits are the same
+            batch[hook] = acts.view(torch.int16).index_select(0, rows).view(torch.bfloat16)
+        return batch | {name: values.index_select(0, rows) for name, values in self.origins.items()}
 
     def batches(self, batch_rows: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
         """Shuffled batches {hook: [≤ batch_rows, d_in] bfloat16} on `device`; no row is left out.
@@ -46,14 +58,9 @@ class LoadedWindow:
         pin = torch.device(device).type == "cuda"
         ahead: dict[str, Tensor] | None = None
         for start, stop in batch_bounds(self.n_rows, batch_rows):
-            rows = self.row_order[start:stop]
-            batch = {}
-            for hook, acts in self.acts.items():
-                # 16-bit integers gather faster than bfloat16, and the bits are the same
-                gathered = acts.view(torch.int16).index_select(0, rows).view(torch.bfloat16)
-                if pin:
-                    gathered = gathered.pin_memory().to(device, non_blocking=True)
-                batch[hook] = gathered
+            batch = self.batch(start, stop)
+            if pin:
+                batch = {k: v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
             if ahead is not None:
                 yield ahead
             ahead = batch
@@ -94,12 +101,18 @@ class WindowReader:
     """Reads the chunks of windows, checked, and lays their rows out."""
 
     def __init__(
-        self, dataset: Dataset, hooks: Sequence[str], order: ReadingOrder, supply: ChunkSupply
+        self,
+        dataset: Dataset,
+        hooks: Sequence[str],
+        order: ReadingOrder,
+        supply: ChunkSupply,
+        with_origins: bool = False,
     ) -> None:
         self.order = order
         self.supply = supply
         self._dataset = dataset
         self._hooks = list(dict.fromkeys(hooks))
+        self._with_origins = with_origins
 
     def quarantined(self) -> set[int]:
         """Chunks to be left out, asked once per window."""
@@ -125,7 +138,8 @@ class WindowReader:
         n_rows = sum(chunk.rows for chunk in there)
         acts = {hook: self._concatenate(hook, there) for hook in self._hooks}
         order = torch.from_numpy(self.order.row_order(window, n_rows))
-        return LoadedWindow(window, tuple(chunk.index for chunk in there), acts, n_rows, order)
+        origins = _origins(there) if self._with_origins else {}
+        return LoadedWindow(window, tuple(chunk.index for chunk in there), acts, n_rows, order, origins)
 
     def _try(self, index: int) -> Chunk:
         with metrics.chunk_read_seconds.time():
@@ -145,6 +159,15 @@ class WindowReader:
             plain[at : at + chunk.rows] = chunk.acts[hook].view(np.int16)
             at += chunk.rows
         return out
+
+
+def _origins(chunks: Sequence[Chunk]) -> dict[str, Tensor]:
+    """Where the rows of some chunks came from."""
+    found: dict[str, Tensor] = {}
+    for name, dtype in ((TOKENS, np.int32), (SEQUENCE, np.int64), (POSITION, np.int32)):
+        parts = [getattr(chunk, name) for chunk in chunks]
+        found[name] = torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]))
+    return found
 
 
 class WindowLoader:
@@ -169,6 +192,13 @@ class WindowLoader:
         if isinstance(item, BaseException):
             raise item
         return item
+
+    def wait(self) -> LoadedWindow:
+        """The next window, however long that takes. Raises whatever stopped the reading."""
+        while True:
+            loaded = self.get(timeout=1.0)
+            if loaded is not None:
+                return loaded
 
     def close(self) -> None:
         self.stop.set()
@@ -226,10 +256,7 @@ class Batches:
         loader = start()
         try:
             for _ in range(n_windows):
-                loaded = None
-                while loaded is None:
-                    loaded = loader.get(timeout=1.0)
-                yield from loaded.batches(batch_rows)
+                yield from loader.wait().batches(batch_rows)
         finally:
             loader.close()
 
@@ -245,11 +272,16 @@ def dataset_batches(
     """See `Dataset.batches`."""
     for hook in hooks:
         dataset.manifest.d_in(hook)
-    if dataset.manifest.retention == "window":
-        raise UserError(f"{dataset.url} keeps only a window of its chunks: read it with a run")
+    refuse_passing(dataset)
     order = ReadingOrder(dataset.n_chunks, epochs, window_chunks, seed)
 
     def start() -> WindowLoader:
         return WindowLoader(WindowReader(dataset, hooks, order, AsStored()), 0)
 
     return Batches(start, order.n_windows, batch_rows)
+
+
+def refuse_passing(dataset: Dataset) -> None:
+    """Refuse a dataset whose chunks are deleted once its runs have read them."""
+    if dataset.manifest.retention == "window":
+        raise UserError(f"{dataset.url} keeps only a window of its chunks: read it with a run")

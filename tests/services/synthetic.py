@@ -102,7 +102,7 @@ def laid_out(manifest: Manifest, index: int, chunk: Chunk) -> dict[str, npt.NDAr
 
 
 def write_dataset(
-    directory: Path, manifest: Manifest | None = None, indices: Iterable[int] | None = None
+    directory: Path | str, manifest: Manifest | None = None, indices: Iterable[int] | None = None
 ) -> Dataset:
     """Write chunks of a synthetic dataset (all of them by default) and open it."""
     manifest = manifest or make_manifest()

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorstore
-import xarray
 import zarr
 
 import penstock.store.bfloat16  # noqa: F401  (for zarr)
@@ -122,20 +120,6 @@ def test_only_the_hooks_asked_for_are_read(finished: Dataset) -> None:
         finished.read_chunk(0, ["nothing"])
 
 
-def test_every_reader_sees_the_same_bits(finished: Dataset) -> None:
-    group = zarr.open_group(f"{finished.url}/{GROUP}", mode="r")
-    for hook in (RESID, MLP):
-        ours = np.zeros((len(ROWS) * ROWS_PER_CHUNK, finished.manifest.d_in(hook)), np.uint16)
-        for index, rows in enumerate(ROWS):
-            start = index * ROWS_PER_CHUNK
-            ours[start : start + rows] = bits(finished.read_chunk(index).acts[hook])
-        theirs: Any = group[f"acts/{hook}"]
-        assert np.array_equal(bits(theirs[:]), ours)
-        path = f"{finished.url}/{GROUP}/acts/{hook}"
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
-        assert np.array_equal(bits(tensorstore.open(spec).result().read().result()), ours)
-
-
 def test_the_tail_of_a_short_chunk_is_marked(finished: Dataset) -> None:
     group = zarr.open_group(f"{finished.url}/{GROUP}", mode="r")
     sequence: Any = group["sequence"]
@@ -145,18 +129,6 @@ def test_the_tail_of_a_short_chunk_is_marked(finished: Dataset) -> None:
         assert (sequence[index, rows:] == -1).all()
     acts: Any = group[f"acts/{RESID}"]
     assert not bits(acts[-(ROWS_PER_CHUNK - 1) :]).any()
-
-
-def test_xarray_opens_it(finished: Dataset) -> None:
-    path = f"{finished.url}/{GROUP}"
-    with xarray.open_zarr(path, group="acts", consolidated=False) as acts:
-        assert acts[RESID].dims == ("row", f"d_in:{RESID}")
-        assert acts[MLP].shape == (len(ROWS) * ROWS_PER_CHUNK, finished.manifest.d_in(MLP))
-        row = finished.read_chunk(1).acts[MLP][5]
-        assert np.array_equal(bits(acts[MLP][ROWS_PER_CHUNK + 5].to_numpy()), bits(row))
-    with xarray.open_zarr(path, consolidated=False) as origin:
-        assert set(origin.data_vars) == {"tokens", "sequence", "position"}
-        assert dict(origin.sizes) == {"row": len(ROWS) * ROWS_PER_CHUNK}
 
 
 READ_ELSEWHERE = """

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from services.synthetic import RESID, make_manifest, write_dataset
 
 HEAVY = ["torch", "transformer_lens", "transformers", "zarr", "s3fs", "redis", "matplotlib"]
 
@@ -17,9 +20,21 @@ def imported(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["objects", "dataset", "corpus", "commits", "order", "manifest"])
+@pytest.mark.parametrize("module", ["objects", "dataset", "corpus", "commits", "order", "manifest", "lookup"])
 def test_the_store_is_light(module: str) -> None:
     assert imported(f"import penstock.store.{module}") == []
+
+
+def test_a_notebook_reads_rows_without_waiting_for_torch(tmp_path: Path) -> None:
+    write_dataset(tmp_path, make_manifest([40, 33]))
+    code = (
+        "from penstock.store.dataset import open_dataset\n"
+        f"dataset = open_dataset({str(tmp_path)!r})\n"
+        f"assert len(dataset.as_numpy({RESID!r})) == 73\n"
+        "found = dataset.rows([3])\n"
+        "assert dataset.context(int(found.sequence[0]), 2).tokens[2] == 3"
+    )
+    assert imported(code) == []
 
 
 def test_the_queue_wants_redis_alone() -> None:
