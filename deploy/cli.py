@@ -171,6 +171,20 @@ def inspect(url: str | None, model: str | None, mixing: bool, **measured: Any) -
 
 @cli.command()
 @click.argument("url")
+@click.option("--out", default="README.md", show_default=True, help="The card; plots go beside it.")
+@click.option("--licence", "--license", "dataset", help="Licence of the dataset, e.g. cc-by-4.0.")
+@click.option("--model-licence", "--model-license", "model", help="Licence of the language model.")
+@click.option("--text-licence", "--text-license", "text", help="Licence of the text.")
+def card(url: str, out: str, **licences: str | None) -> None:
+    """Write a dataset card in Markdown: what the dataset at URL is made of, and how to open it."""
+    from penstock.deploy.card import Licences, write_card
+
+    for path in write_card(url, Path(out), Licences(**licences)):
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("url")
 def verify(url: str) -> None:
     """Check a dataset, corpus or run; says what `repair` would do. Exit code 1 if anything is wrong."""
     from penstock.deploy.heal import faults

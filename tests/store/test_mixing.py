@@ -18,6 +18,7 @@ from penstock.store.mixing import (
     chance_autocorrelation,
     measure_mixing,
     pair_counts,
+    projection,
 )
 from penstock.store.objects import open_store
 from penstock.store.order import ReadingOrder, Window, batch_bounds
@@ -250,3 +251,11 @@ def test_counting_pairs() -> None:
     assert counts.rate == pytest.approx(8 / 30)
     assert pair_counts(np.array([4])).rate == 0
     assert batch_bounds(0, 5) == []
+
+
+def test_the_projection_never_changes() -> None:
+    direction = projection("blocks.3.hook_resid_post", 192) * 192**0.5
+    assert ((direction > 0).float() * 2 - 1).tolist() == pytest.approx(direction.tolist())
+    assert abs(int(direction.sum())) < 40
+    assert "".join("+" if x > 0 else "-" for x in direction[:16]) == "---+++--+------+"
+    assert not (projection("blocks.2.hook_resid_post", 192) * 192**0.5 == direction).all()
