@@ -5,7 +5,6 @@ here chunk objects are fetched by key, absence is an error, and every object's s
 compared with the commit before a row is used.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,10 +20,7 @@ from penstock.store.arrays import (
     ArraySpec,
     create_arrays,
     dataset_arrays,
-    decode_payload,
-    encode_payload,
     payload_checksum,
-    payload_description,
 )
 from penstock.store.commits import (
     Commit,
@@ -166,8 +162,8 @@ class Dataset:
         name = f"{self.url}/{key}"
         data = self.store.get(key)
         expected = commit.objects.get(path)
-        array = decode_payload(data, spec.dtype, spec.chunk_shape, name)
-        if expected is None or expected != StoredObject(len(data), payload_checksum(data)):
+        array = spec.decode(data, name)
+        if expected is None or expected != describe_bytes(data):
             raise DamagedObject(f"{name} is damaged: its bytes are not those committed")
         return array
 
@@ -227,8 +223,8 @@ class DatasetWriter:
         # before anything is stored: they also tell whether the rows are finite
         measured: dict[str, Moments] | None = self._moments(arranged, chunk.rows)
         stored = dict(self._pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs))
-        for path, array in stored.items():
-            if path.startswith("acts/") and array is not arranged[path]:
+        for path, payload in stored.items():
+            if path.startswith("acts/") and payload.array is not arranged[path]:
                 measured = None  # another writer's bytes count
         commit = describe_chunk(self.manifest, index, stored, measured)
         if worker is not None:
@@ -257,8 +253,8 @@ class DatasetWriter:
         broken: dict[str, bytes] = {}
         for spec in self.specs:
             if not is_as_committed(self.store, spec, commit):
-                data = encode_payload(arranged[spec.path])
-                if commit.objects.get(spec.path) != StoredObject(len(data), payload_checksum(data)):
+                data = spec.encode(arranged[spec.path])
+                if commit.objects.get(spec.path) != describe_bytes(data):
                     return False
                 broken[spec.key(ARRAYS, index)] = data
         for key, data in broken.items():
@@ -271,55 +267,72 @@ class DatasetWriter:
 
     def _remember(self, index: int, arranged: dict[str, Array]) -> Commit:
         """The commit of a chunk whose commit is damaged: whole objects count, the rest is recomputed."""
-        stored = dict(arranged)
+        stored = {}
         for spec in self.specs:
-            with contextlib.suppress(DataError):
+            try:
                 stored[spec.path] = load_payload(self.store, spec, index)
+            except DataError:
+                array = arranged[spec.path]
+                stored[spec.path] = Payload(array, describe_bytes(spec.encode(array)))
         return describe_chunk(self.manifest, index, stored)
 
     def _moments(self, arranged: dict[str, Array], rows: int) -> dict[str, Moments]:
         hooks = {hook.name: arranged[acts_array(hook.name)][:rows] for hook in self.manifest.hooks}
         return {name: moments(acts) for name, acts in hooks.items()}
 
-    def _store(self, spec: ArraySpec, index: int, array: Array) -> tuple[str, Array]:
-        if not self.store.create(spec.key(ARRAYS, index), encode_payload(array)):
+    def _store(self, spec: ArraySpec, index: int, array: Array) -> tuple[str, "Payload"]:
+        data = spec.encode(array)
+        if not self.store.create(spec.key(ARRAYS, index), data):
             # Someone was here before: what is stored counts, if it is whole.
             return spec.path, load_payload(self.store, spec, index)
-        return spec.path, array
+        return spec.path, Payload(array, describe_bytes(data))
 
 
-def load_payload(store: ObjectStore, spec: ArraySpec, index: int) -> Array:
+@dataclass(frozen=True)
+class Payload:
+    """A chunk of one array, and the object that it is stored as."""
+
+    array: Array
+    stored: StoredObject
+
+
+def describe_bytes(data: bytes) -> StoredObject:
+    """A stored object as its commit describes it."""
+    return StoredObject(len(data), payload_checksum(data))
+
+
+def load_payload(store: ObjectStore, spec: ArraySpec, index: int) -> Payload:
     """A stored object by itself, checked against its own checksum only.
 
     Raises:
         ObjectMissing, DamagedObject
     """
     key = spec.key(ARRAYS, index)
-    return decode_payload(store.get(key), spec.dtype, spec.chunk_shape, f"{store.url}/{key}")
+    data = store.get(key)
+    return Payload(spec.decode(data, f"{store.url}/{key}"), describe_bytes(data))
 
 
 def is_as_committed(store: ObjectStore, spec: ArraySpec, commit: Commit) -> bool:
     """Whether an object of a chunk is there with the bytes that its commit describes."""
     try:
-        array = load_payload(store, spec, commit.index)
+        return commit.objects.get(spec.path) == load_payload(store, spec, commit.index).stored
     except DataError:
         return False
-    return commit.objects.get(spec.path) == StoredObject(*payload_description(array))
 
 
 def describe_chunk(
-    manifest: Manifest, index: int, stored: dict[str, Array], measured: dict[str, Moments] | None = None
+    manifest: Manifest, index: int, stored: dict[str, Payload], measured: dict[str, Moments] | None = None
 ) -> Commit:
     """The commit of a chunk's stored arrays: a function of their bytes alone.
 
     Args:
         measured: the moments, where they are known already.
     """
-    rows = int(np.count_nonzero(stored[SEQUENCE] != UNUSED))
+    rows = int(np.count_nonzero(stored[SEQUENCE].array != UNUSED))
     if measured is None:
         hooks = [hook.name for hook in manifest.hooks]
-        measured = {name: moments(stored[acts_array(name)][:rows]) for name in hooks}
-    objects = {path: StoredObject(*payload_description(array)) for path, array in stored.items()}
+        measured = {name: moments(stored[acts_array(name)].array[:rows]) for name in hooks}
+    objects = {path: payload.stored for path, payload in stored.items()}
     return Commit(index=index, rows=rows, objects=objects, moments=measured)
 
 
