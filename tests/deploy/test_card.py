@@ -14,7 +14,7 @@ import yaml
 
 from penstock.deploy.card import Licences, shown_url, write_card
 from penstock.deploy.cli import main
-from penstock.store.arrays import BFLOAT16
+from penstock.store.arrays import BFLOAT16, BLOSC
 from penstock.store.dataset import Chunk, DatasetWriter, open_dataset
 from penstock.store.objects import open_store
 from penstock.store.statistics import BINS, measure_statistics
@@ -72,6 +72,15 @@ def test_an_unfinished_dataset_can_be_opened_as_the_card_says(tmp_path: Path) ->
     then += f"print(int(a[:{len(rows)}].view(np.uint16).astype(np.int64).sum()))"
     for code in code_blocks(card):
         assert run_code(code, tmp_path, then) == str(total)
+
+
+def test_a_compressed_dataset_can_be_opened_as_the_card_says(tmp_path: Path) -> None:
+    manifest = make_manifest(ROWS[:2]).model_copy(update={"codec": BLOSC})
+    rows = write_dataset(tmp_path / "small", manifest).read_chunk(0, [RESID]).acts[RESID]
+    ours, tensorstore = code_blocks(card_of(tmp_path / "small", tmp_path))
+    assert run_code(ours, tmp_path, "print(rows.shape[1])") == "8"
+    then = f"print(int(chunk[:{len(rows)}].view('uint16').astype('int64').sum()))"
+    assert run_code(tensorstore, tmp_path, then) == str(int(rows.view(np.uint16).astype(np.int64).sum()))
 
 
 def test_the_same_dataset_gives_the_same_bytes_wherever_it_lies(dataset: Path, tmp_path: Path) -> None:
