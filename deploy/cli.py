@@ -142,14 +142,45 @@ def status(config: str, workdir: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("url", required=False)
 @click.option("--model", help="List a model's hook points instead.")
-def inspect(url: str | None, model: str | None) -> None:
-    """Describe a dataset, corpus or run at URL."""
+@click.option("--mixing", is_flag=True, help="Measure how well a dataset's rows are mixed in batches.")
+@click.option(
+    "--window-chunks", type=click.IntRange(1), help="With --mixing: as in a run; so is its default."
+)
+@click.option("--batch-rows", type=click.IntRange(2), help="With --mixing: as in a run; so is its default.")
+@click.option("--seed", type=int, help="With --mixing: as in a run; so is its default.")
+@click.option("--hook", "hooks", multiple=True, help="With --mixing: only this hook point; repeatable.")
+def inspect(url: str | None, model: str | None, mixing: bool, **measured: Any) -> None:
+    """Describe a dataset, corpus or run at URL. --mixing exits with code 1 if rows are not shuffled."""
     from penstock.deploy.look import describe, hook_points
 
     if model is None and url is None:
         raise click.UsageError("give a URL or --model NAME")
+    if mixing:
+        from penstock.deploy.mixing import mixing_report
+
+        if url is None:
+            raise click.UsageError("--mixing needs a dataset's URL")
+        lines, shuffled = mixing_report(url, **measured)
+        click.echo("\n".join(lines))
+        sys.exit(0 if shuffled else 1)
+    if any(value not in (None, ()) for value in measured.values()):
+        raise click.UsageError("--window-chunks, --batch-rows, --seed and --hook go with --mixing")
     for line in hook_points(model) if model is not None else describe(url or ""):
         click.echo(line)
+
+
+@cli.command()
+@click.argument("url")
+@click.option("--out", default="README.md", show_default=True, help="The card; plots go beside it.")
+@click.option("--licence", "--license", "dataset", help="Licence of the dataset, e.g. cc-by-4.0.")
+@click.option("--model-licence", "--model-license", "model", help="Licence of the language model.")
+@click.option("--text-licence", "--text-license", "text", help="Licence of the text.")
+def card(url: str, out: str, **licences: str | None) -> None:
+    """Write a dataset card in Markdown: what the dataset at URL is made of, and how to open it."""
+    from penstock.deploy.card import Licences, write_card
+
+    for path in write_card(url, Path(out), Licences(**licences)):
+        click.echo(path)
 
 
 @cli.command()

@@ -12,6 +12,7 @@ from penstock.common.errors import ConfigError
 from penstock.common.model.language_model import LanguageModel
 from penstock.common.settings import Settings
 from penstock.producer.memory import bytes_held
+from penstock.store.arrays import PLAIN
 from penstock.store.corpus import Corpus
 from penstock.store.layout import FORMAT_VERSION
 from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
@@ -41,8 +42,8 @@ class DatasetSettings(Settings):
     """Leave out rows of special tokens: BOS, end of text, padding."""
     seed: int = 0
     """Seed of the order of rows inside each chunk."""
-    codec: Literal["bytes+crc32c"] = "bytes+crc32c"
-    """How chunks are encoded."""
+    codec: Literal["bytes+crc32c", "bytes+blosc+crc32c"] = "bytes+crc32c"
+    """How activations are stored: as they are, or compressed by about a third without loss."""
     retention: Literal["keep", "window"] = "keep"
     """Whether chunks stay, or are deleted once every submitted run has read them."""
     budget_bytes: int | None = Field(None, ge=1)
@@ -118,7 +119,10 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel
 
 
 def numerics(model: LanguageModel, settings: DatasetSettings, hooks: list[str]) -> Numerics:
-    """What the bits of this process's activations depend on."""
+    """What the bits of this process's activations, and of the objects that hold them, depend on."""
+    libraries = ["transformer-lens", "transformers"]
+    if settings.codec != PLAIN:
+        libraries.append("numcodecs")  # carries the compressor
     return Numerics(
         device=device_kind(model.device),
         torch=torch.__version__,
@@ -127,7 +131,7 @@ def numerics(model: LanguageModel, settings: DatasetSettings, hooks: list[str]) 
         attention=model.attention,
         capture=model.way(hooks),
         # the bridge may compute attention itself, so its version matters as much as the model's code
-        libraries=", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers")),
+        libraries=", ".join(f"{name} {version(name)}" for name in libraries),
         sequences_per_forward=settings.sequences_per_forward,
         allow_mixed=settings.allow_mixed,
     )

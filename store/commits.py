@@ -1,6 +1,6 @@
 """Commits: the record that makes a chunk visible.
 
-A commit describes the stored objects of its chunk (size, and the crc32c of the values) and the moments of
+A commit describes the stored objects of its chunk (size, and the crc32c that ends them) and the moments of
 each hook's rows. It is created exclusively, after the objects, and never changes. Its bytes are a function
 of the stored bytes alone: who made it and when is provenance.
 """
@@ -27,7 +27,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class StoredObject(_Stored):
-    """Size of an object in bytes, and the crc32c of its values (the checksum at its end)."""
+    """Size of an object in bytes, and the crc32c at its end: that of the bytes before it."""
 
     size: _Count
     crc32c: _Count

@@ -5,7 +5,6 @@ here chunk objects are fetched by key, absence is an error, and every object's s
 compared with the commit before a row is used.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,10 +20,7 @@ from penstock.store.arrays import (
     ArraySpec,
     create_arrays,
     dataset_arrays,
-    decode_payload,
-    encode_payload,
     payload_checksum,
-    payload_description,
 )
 from penstock.store.commits import (
     Commit,
@@ -237,8 +233,8 @@ class Dataset:
         name = f"{self.url}/{key}"
         data = self.store.get(key)
         expected = commit.objects.get(path)
-        array = decode_payload(data, spec.dtype, spec.chunk_shape, name)
-        if expected is None or expected != StoredObject(len(data), payload_checksum(data)):
+        array = spec.decode(data, name)
+        if expected is None or expected != describe_bytes(data):
             raise DamagedObject(f"{name} is damaged: its bytes are not those committed")
         return array
 
@@ -317,8 +313,8 @@ class DatasetWriter:
         broken: dict[str, bytes] = {}
         for spec in self.specs:
             if not is_as_committed(self.store, spec, commit):
-                data = encode_payload(arranged(spec, chunk, order))
-                if commit.objects.get(spec.path) != StoredObject(len(data), payload_checksum(data)):
+                data = spec.encode(arranged(spec, chunk, order))
+                if commit.objects.get(spec.path) != describe_bytes(data):
                     return False
                 broken[spec.key(ARRAYS, index)] = data
         for key, data in broken.items():
@@ -346,39 +342,56 @@ class DatasetWriter:
     def _store(self, spec: ArraySpec, index: int, chunk: Chunk, order: npt.NDArray[np.int64]) -> "_Part":
         """Store one array of a chunk. Only as many at a time are laid out as there are threads for it."""
         array = arranged(spec, chunk, order)
-        if not self.store.create(spec.key(ARRAYS, index), encode_payload(array)):
+        data = spec.encode(array)
+        payload = Payload(array, describe_bytes(data))
+        if not self.store.create(spec.key(ARRAYS, index), data):
             # Someone was here before: what is stored counts, if it is whole.
-            array = load_payload(self.store, spec, index)
-        return _describe(spec, array, chunk.rows)
+            payload = load_payload(self.store, spec, index)
+        return _describe(spec, payload, chunk.rows)
 
     def _remember(self, index: int, chunk: Chunk, order: npt.NDArray[np.int64]) -> Commit:
         """The commit of a chunk whose commit is damaged: whole objects count, the rest is recomputed."""
         parts = {}
         for spec in self.specs:
-            array = arranged(spec, chunk, order)
-            with contextlib.suppress(DataError):
-                array = load_payload(self.store, spec, index)
-            parts[spec] = _describe(spec, array, chunk.rows)
+            try:
+                payload = load_payload(self.store, spec, index)
+            except DataError:
+                array = arranged(spec, chunk, order)
+                payload = Payload(array, describe_bytes(spec.encode(array)))
+            parts[spec] = _describe(spec, payload, chunk.rows)
         return _commit(self.manifest, index, parts)
 
 
-def load_payload(store: ObjectStore, spec: ArraySpec, index: int) -> Array:
+@dataclass(frozen=True)
+class Payload:
+    """A chunk of one array, and the object that it is stored as."""
+
+    array: Array
+    stored: StoredObject
+
+
+def describe_bytes(data: bytes) -> StoredObject:
+    """A stored object as its commit describes it."""
+    return StoredObject(len(data), payload_checksum(data))
+
+
+def load_payload(store: ObjectStore, spec: ArraySpec, index: int) -> Payload:
     """A stored object by itself, checked against its own checksum only.
 
     Raises:
         ObjectMissing, DamagedObject
     """
     key = spec.key(ARRAYS, index)
-    return decode_payload(store.get(key), spec.dtype, spec.chunk_shape, f"{store.url}/{key}")
+    data = store.get(key)
+    return Payload(spec.decode(data, f"{store.url}/{key}"), describe_bytes(data))
 
 
 def is_as_committed(store: ObjectStore, spec: ArraySpec, commit: Commit) -> bool:
     """Whether an object of a chunk is there with the bytes that its commit describes."""
     try:
-        array = load_payload(store, spec, commit.index)
+        return commit.objects.get(spec.path) == load_payload(store, spec, commit.index).stored
     except DataError:
         return False
-    return commit.objects.get(spec.path) == StoredObject(*payload_description(array))
 
 
 @dataclass(frozen=True)
@@ -390,9 +403,10 @@ class _Part:
     rows: int | None
 
 
-def _describe(spec: ArraySpec, array: Array, rows: int) -> _Part:
+def _describe(spec: ArraySpec, payload: Payload, rows: int) -> _Part:
+    array = payload.array
     return _Part(
-        stored=StoredObject(*payload_description(array)),
+        stored=payload.stored,
         moments=moments(array[:rows]) if spec.path.startswith(ACTS) else None,
         rows=int(np.count_nonzero(array != UNUSED)) if spec.path == SEQUENCE else None,
     )

@@ -81,6 +81,7 @@ class Manifest(_Part):
     rows: list[NonNegativeInt]
     seed: int
     codec: str
+    """How activations are stored; see `store/arrays.py`."""
     retention: Literal["keep", "window"]
     """Whether chunks stay, or are deleted once every registered run has read them."""
 
@@ -121,9 +122,10 @@ class Manifest(_Part):
         return self.rows_per_chunk * max([8, *(2 * hook.d_in for hook in self.hooks)]) + 4
 
     def chunk_bytes(self) -> int:
-        """Stored bytes of one full chunk, all objects together."""
+        """Stored bytes of one full chunk, all objects together; uncompressed, the most that it can take."""
         per_row = sum(2 * hook.d_in for hook in self.hooks) + 4 + 8 + 4
-        return self.rows_per_chunk * per_row + 4 * (len(self.hooks) + 3)
+        header = 0 if self.codec == "bytes+crc32c" else 16
+        return self.rows_per_chunk * per_row + 4 * (len(self.hooks) + 3) + header * len(self.hooks)
 
 
 def load_manifest(store: ObjectStore) -> Manifest:

@@ -1,5 +1,6 @@
 """From settings to the manifest: chunk sizes, row counts, refusals."""
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from penstock.common.errors import ConfigError, ModelError
 from penstock.producer.memory import STORE_THREADS, bytes_held, store_threads
 from penstock.producer.plan import DatasetSettings, plan_dataset
+from penstock.store.arrays import BLOSC
 from penstock.store.corpus import Corpus
 from penstock.store.manifest import Manifest
 from services.lm import MLP_2, RESID_3, shipped_model, shipped_tokenizer
@@ -144,3 +146,12 @@ def test_everything_that_decides_the_bits_is_in_the_manifest(small_corpus: Corpu
     assert same.digest == manifest.digest
     for change in ({"seed": 1}, {"sequences_per_forward": 4}, {"sequences_per_chunk": 8}):
         assert plan(small_corpus, **change).digest != manifest.digest
+
+
+def test_a_compressed_dataset_pins_its_compressor(small_corpus: Corpus) -> None:
+    """Another version may compress to other bytes: its producers are refused, as with another torch."""
+    plain, compressed = plan(small_corpus), plan(small_corpus, codec=BLOSC)
+    assert compressed.codec == BLOSC
+    assert compressed.numerics.libraries == f"{plain.numerics.libraries}, numcodecs {version('numcodecs')}"
+    assert compressed.rows == plain.rows
+    assert compressed.chunk_bytes() == plain.chunk_bytes() + 2 * 16
