@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from penstock.deploy.cli import export
+from penstock.trainer.exchange.write import FORMATS
 from penstock.trainer.load import load_saelens
 from services.command import SMALL_SAES, assert_one_clear_line, penstock, small_config, write_config
 
@@ -54,3 +57,9 @@ def test_a_dictionary_to_start_from_that_is_not_there(command: str, small_run: P
     config["runs"][0]["saes"] = [SMALL_SAES[0] | {"init_from": str(tmp_path / "gone")}]
     result = penstock(command, write_config(tmp_path / "config.yaml", config))
     assert_one_clear_line(result, "saes: resid-topk: init_from", "gone: no such directory")
+
+
+def test_the_command_knows_every_format() -> None:
+    (choice,) = (option.type for option in export.params if option.name == "format_")
+    assert isinstance(choice, click.Choice)
+    assert list(choice.choices) == list(FORMATS)
