@@ -8,11 +8,12 @@ SOURCE ?= light
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo test test-services chaos check format bench clean
+.PHONY: help install demo test interop test-services chaos check format bench clean
 
 help:
 	@echo "make demo WORKDIR=dir   language model -> activations -> SAEs -> report, on this machine"
 	@echo "make test               tests that need nothing but Python packages"
+	@echo "make interop            exports and imports against SAELens, dictionary_learning and sparsify"
 	@echo "make test-services      tests against servers and a browser from Debian packages"
 	@echo "make chaos KILLS=n SEED=s STORE=local|moto|ceph SOURCE=light|lm"
 	@echo "                        kill everything at random; nothing may come out different"
@@ -37,6 +38,15 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not services"
 
+# also for whatever else compares with these libraries
+.venv-interop/installed: tests/interop/requirements.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+interop: .venv/installed-dev .venv-interop/installed
+	PYTHONPATH=tests $(BIN)/python -m interop .venv-interop/work .venv-interop/bin/python
+
 test-services: .venv/installed-dev
 	$(BIN)/pytest -m services
 
@@ -56,4 +66,4 @@ bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-interop build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -122,6 +122,25 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
 
 
 @cli.command()
+@click.argument("run_url")
+@click.option(
+    "--format",
+    "format_",
+    required=True,
+    type=click.Choice(["saelens", "dictionary-learning", "sparsify"]),
+    help="The library that is to read it.",
+)
+@click.option("--sae", "names", multiple=True, help="Name of an SAE; may be repeated. All by default.")
+@click.option("--out", default=".", help="Directory to hold one directory per SAE.")
+def export(run_url: str, format_: str, names: tuple[str, ...], out: str) -> None:
+    """Write trained SAEs in another library's files. Overwrites nothing."""
+    from penstock.trainer.exchange.write import export_run
+
+    for directory in export_run(run_url, format_, Path(out), list(names) or None):
+        click.echo(str(directory))
+
+
+@cli.command()
 @CONFIG
 @WORKDIR
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

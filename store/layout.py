@@ -62,5 +62,14 @@ def history_key(run_id: str, n: int, writer: str) -> str:
     return f"{run_id}/history/{n}-{writer}.json"
 
 
+def initial_key(run_id: str, sae: str) -> str:
+    """The weights that an SAE starts from, if they were imported."""
+    return f"{run_id}/initial/{sae}.safetensors"
+
+
+def initial_copy_key(run_id: str, sae: str) -> str:
+    return f"{run_id}/initial/{sae}.copy"
+
+
 def checkpoint_prefix(run_id: str, n: int, writer: str) -> str:
     return f"{run_id}/checkpoints/{n}-{writer}/"

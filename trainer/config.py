@@ -15,6 +15,7 @@ from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 from penstock.store.order import ReadingOrder, batch_bounds
 from penstock.store.retention import Reader, register_reader
+from penstock.trainer.initial import InitialWeights, pin_initial, store_initial
 from penstock.trainer.sae import AnySettings
 from penstock.trainer.sae.base import LOSS_CONVENTION
 
@@ -70,6 +71,8 @@ class RunConfig(Settings):
     run_id: str
     dataset: DatasetPin
     settings: RunSettings
+    initial: dict[str, InitialWeights] = {}
+    """What SAEs start from, by SAE, where that was imported."""
     loss_convention: str
 
     @model_validator(mode="after")
@@ -81,6 +84,8 @@ class RunConfig(Settings):
             raise ValueError("dataset: start is not where a window begins, or rows are negative")
         if missing := set(self.hooks) - set(pin.widths):
             raise ValueError(f"dataset: no width of {min(missing)}")
+        if self.initial.keys() != {sae.name for sae in self.settings.saes if sae.init_from is not None}:
+            raise ValueError("initial: does not fit the SAEs' init_from")
         return self
 
     @property
@@ -127,7 +132,8 @@ def resolve_run(settings: RunSettings, dataset: Dataset, start: int = 0) -> RunC
 
     Raises:
         UserError: the dataset does not hold a hook point.
-        ConfigError: k is larger than d_sae, or the dataset is gone before its second epoch.
+        ConfigError: k is larger than d_sae, the dataset is gone before its second epoch, or an SAE cannot
+            start from what its `init_from` names.
     """
     manifest = dataset.manifest
     widths = {sae.hook_name: manifest.d_in(sae.hook_name) for sae in settings.saes}
@@ -151,15 +157,31 @@ def resolve_run(settings: RunSettings, dataset: Dataset, start: int = 0) -> RunC
         source=manifest.source.name,
         weights_sha256=manifest.source.weights_sha256,
     )
-    identity = {"settings": settings.model_dump(mode="json"), "dataset": manifest.digest}
+    pins = {sae.name: pin_initial(sae, widths[sae.hook_name]) for sae in settings.saes}
+    initial = {name: pin for name, pin in pins.items() if pin is not None}
+    identity = _identity(settings, manifest.digest, initial)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return RunConfig(
         format_version=FORMAT_VERSION,
         run_id=f"{settings.name}-{digest[:8]}",
         dataset=pin,
         settings=settings,
+        initial=initial,
         loss_convention=LOSS_CONVENTION,
     )
+
+
+def _identity(
+    settings: RunSettings, dataset_digest: str, initial: dict[str, InitialWeights]
+) -> dict[str, object]:
+    """What makes a run this run: of imported weights what they are, not where they were."""
+    told = settings.model_dump(mode="json")
+    for sae in told["saes"]:
+        del sae["init_from"]
+    identity: dict[str, object] = {"settings": told, "dataset": dataset_digest}
+    if initial:
+        identity["initial"] = {name: pin.model_dump(mode="json") for name, pin in initial.items()}
+    return identity
 
 
 def submit_run(
@@ -195,6 +217,7 @@ def submit_run(
             f"run {config.run_id}: {dataset.url} keeps only a window, and nothing of it is left to read"
         )
     config = resolve_run(settings, dataset, start)
+    store_initial(runs, config.run_id, settings.saes, config.initial)
     new = runs.create_guarded(config_key(config.run_id), config.model_dump(mode="json"))
     return (config, True) if new else (load_run_config(runs, config.run_id), False)
 

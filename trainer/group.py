@@ -8,6 +8,8 @@ import torch
 from penstock.store.heads import Head
 from penstock.store.loader import LoadedWindow
 from penstock.trainer.config import RunConfig
+from penstock.trainer.initial import starting_points
+from penstock.trainer.sae import SAE
 from penstock.trainer.sae.base import Schedule
 from penstock.trainer.step import Figures, SAETraining
 
@@ -28,14 +30,21 @@ class Group:
         self.step = self.rows = 0
         self.total_steps = config.total_steps()
         self.figures: dict[str, Figures] = {}
+        self._starts: dict[str, SAE] = {}
         self.members = {
             sae.name: SAETraining(config.dataset.widths[sae.hook_name], sae, device)
             for sae in config.settings.saes
         }
 
     def restore(self, head: Head, files: dict[str, bytes]) -> None:
-        """Carry on from a head; without a checkpoint, from the very start."""
+        """Carry on from a head; without a checkpoint, from the very start.
+
+        Args:
+            files: of the head's checkpoint or, without one, what the run starts from (`load_initial`).
+        """
         if not head.checkpoint:
+            saes, config = self.config.settings.saes, self.config
+            self._starts = starting_points(saes, config.dataset.widths, config.initial, files)
             return
         self.position, self.step, self.rows = head.position, head.step, head.rows
         self.figures = {name: dict(figures) for name, figures in head.metrics.items()}
@@ -54,7 +63,8 @@ class Group:
     def begin_window(self, loaded: LoadedWindow) -> None:
         for member in self.members.values():
             if self.step == 0 and loaded.n_rows:
-                member.initialise(loaded.acts[member.settings.hook_name])
+                rows = loaded.acts[member.settings.hook_name]
+                member.initialise(rows, self._starts.get(member.settings.name))
             member.begin_window()
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> None:

@@ -6,8 +6,11 @@ from penstock.common.errors import ObjectMissing, UserError, nearest
 from penstock.store.heads import Head, newest_head
 from penstock.store.objects import ObjectStore, open_store
 from penstock.trainer.config import RunConfig, load_run_config
+from penstock.trainer.exchange.read import load_saelens
 from penstock.trainer.lineage import load_checkpoint
 from penstock.trainer.sae import SAE, build
+
+__all__ = ["load_sae", "load_saelens", "load_saes", "split_run_url"]
 
 
 def load_sae(run_url: str, name: str) -> SAE:

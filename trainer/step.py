@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.common.permutation import derive_key
 from penstock.trainer.sae import build
-from penstock.trainer.sae.base import SAESettings, Schedule
+from penstock.trainer.sae.base import SAE, SAESettings, Schedule
 
 Figures = dict[str, float]
 
@@ -40,11 +40,13 @@ class SAETraining:
         self._first_bad = torch.tensor(-1, device=device)
         self._reset_window()
 
-    def initialise(self, rows: Tensor) -> None:
+    def initialise(self, rows: Tensor, start: SAE | None = None) -> None:
         """Data-dependent start from the first window.
 
         Args:
             rows: [R, D] bfloat16 rows of the first window, on the CPU.
+            start: what to start from, instead of random weights: takes raw rows; rows of its W_dec have
+                unit norm.
         """
         d_in = rows.shape[1]
         total = torch.zeros(d_in, dtype=torch.float64)
@@ -56,6 +58,9 @@ class SAETraining:
             squared += exact.square().sum(dim=0)
         mean_square = float(squared.sum()) / max(1, len(rows))
         self.scale = math.sqrt(d_in / mean_square) if mean_square > 0 else 1.0
+        if start is not None:
+            self.sae.start_from(start, self.scale)
+            return
         use_mean = self.settings.decoder_bias == "mean"
         mean = (total / max(1, len(rows)) * self.scale).float() if use_mean else None
         self.sae.initialise(derive_key(self.settings.seed, "weights") >> 1, mean)

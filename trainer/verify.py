@@ -11,6 +11,7 @@ from penstock.store.loader import AsStored, WindowReader
 from penstock.store.objects import ObjectStore
 from penstock.store.verify import Fault, guarded_faults
 from penstock.trainer.config import load_run_config
+from penstock.trainer.initial import initial_faults, load_initial
 from penstock.trainer.lineage import load_checkpoint
 from penstock.trainer.workplace import Workplace, set_up_strict
 
@@ -32,7 +33,8 @@ def run_faults(runs: ObjectStore, run_id: str) -> Iterator[Fault]:
     if found:
         return  # what they say must be right before the rest can be checked
     try:
-        load_run_config(runs, run_id)
+        config = load_run_config(runs, run_id)
+        yield from initial_faults(runs, run_id, config.initial)
         yield from _chain_faults(runs, run_id)
     except PenstockError as error:
         yield Fault(str(error), "cannot help: the record itself is wrong")
@@ -67,10 +69,11 @@ def remake_checkpoint(place: Workplace, run_id: str, head: Head) -> None:
     for link in links(place.runs, run_id, head):
         if link.position < head.position:
             try:
-                group.restore(link, load_checkpoint(place.runs, run_id, link))
-                break
+                there = load_checkpoint(place.runs, run_id, link)
             except DataError:
                 continue
+            group.restore(link, there or load_initial(place.runs, run_id, config.initial))
+            break
     reader = WindowReader(dataset, config.hooks, config.order, AsStored())
     skipped = reader.quarantined()
     while group.position < head.position:

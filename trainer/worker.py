@@ -35,6 +35,7 @@ from penstock.store.queue import (
     remove_feed,
 )
 from penstock.trainer.config import RunConfig, load_run_config
+from penstock.trainer.initial import load_initial
 from penstock.trainer.lineage import Lineage, take_over
 from penstock.trainer.loop import Outcome, train
 from penstock.trainer.mending import Mender, Stopped
@@ -184,7 +185,7 @@ def carry_on(
             _forget(place, queue, config)
         return None
     group = place.group(config, place.device)
-    group.restore(lineage.head, lineage.load())
+    group.restore(lineage.head, lineage.load() or load_initial(place.runs, run_id, config.initial))
     leave = threading.Event()
     chunks = _chunk_queue(place, config, repairs=True)
     mender = Mender(dataset, run_id, chunks, Presence(place.client, place.redis.prefix, place.worker), leave)

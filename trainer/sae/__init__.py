@@ -10,6 +10,9 @@ from penstock.trainer.sae.topk import TopKSAE, TopKSettings
 
 AnySettings = Annotated[StandardSettings | TopKSettings, Field(discriminator="architecture")]
 
+FROM_SAELENS: dict[str, type[SAE]] = {"standard": StandardSAE, "topk": TopKSAE}
+"""SAELens architecture -> the kind that it becomes here."""
+
 
 def build(d_in: int, settings: SAESettings) -> SAE:
     """An uninitialised module of the kind that the settings are of."""
@@ -20,4 +23,4 @@ def build(d_in: int, settings: SAESettings) -> SAE:
     raise TypeError(f"no SAE for {type(settings).__name__}")
 
 
-__all__ = ["SAE", "AnySettings", "SAESettings", "StandardSettings", "TopKSettings", "build"]
+__all__ = ["FROM_SAELENS", "SAE", "AnySettings", "SAESettings", "StandardSettings", "TopKSettings", "build"]

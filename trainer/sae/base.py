@@ -2,7 +2,8 @@
 
 Shapes: B rows, D d_in, S d_sae. Weights follow the field's names: W_enc [D, S], b_enc [S],
 W_dec [S, D], b_dec [D]. Modules work on scaled inputs x·s, where the scale s makes mean ‖x·s‖² = D over
-the first window; `fold_scale` folds s away so that a trained module takes raw activations.
+the first window; `fold_scale` folds s away so that a trained module takes raw activations, and
+`start_from` is its inverse.
 
 Squared errors are summed over D and averaged over rows; penalties are summed over S and averaged over
 rows (the convention `sum-over-dims`, recorded with every run).
@@ -10,13 +11,14 @@ rows (the convention `sum-over-dims`, recorded with every run).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from penstock.common.settings import Settings
+from penstock.trainer.sae.foreign import Foreign, NoSuchKind
 
 LOSS_CONVENTION = "sum-over-dims: mean_rows(sum_d (x - x_hat)^2) + coefficient * mean_rows(penalty)"
 
@@ -42,6 +44,8 @@ class SAESettings(Settings):
     """A feature not active for this many rows counts as dead (OpenAI use 10 million)."""
     seed: int = 0
     """Seed of the initial weights."""
+    init_from: str | None = None
+    """Directory of a SAELens dictionary of the same kind and shape to start from; null starts at random."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class SAE(nn.Module, ABC):
     """A sparse autoencoder with rows of W_dec as feature directions."""
 
     architecture: str
+    in_units_of_rows: tuple[str, ...] = ("b_enc", "b_dec")
+    """Parameters that grow in proportion to the rows, where those of W_dec have unit norm."""
+    settled: tuple[str, ...] = ()
+    """Settings that the function depends on besides the weights."""
+    settings: SAESettings
 
     def __init__(self, d_in: int, d_sae: int) -> None:
         super().__init__()
@@ -151,3 +160,84 @@ class SAE(nn.Module, ABC):
         self.W_enc.mul_(scale)
         self.W_dec.copy_(folded)
         self.b_dec.div_(scale)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> Self:
+        """Give the rows of W_dec unit norm without changing reconstructions; for modules that take raw rows.
+
+        A row's norm goes into its feature's encoder, so that feature activations are measured in the units
+        of the rows. That is exact where a feature's activation grows in proportion to its pre-activation.
+
+        Raises:
+            ValueError: this kind cannot represent the same function so.
+        """
+        assert self.folded_scale is not None
+        W_dec = self.W_dec.double()
+        norms = torch.linalg.vector_norm(W_dec, dim=1)
+        if (norms == 0).any():
+            feature = int((norms == 0).nonzero()[0])
+            raise ValueError(f"feature {feature} has a decoder row of norm 0, which has no direction")
+        self._scale_features(norms)
+        self.W_dec.copy_(W_dec / norms[:, None])
+        self.folded_scale = 1.0
+        return self
+
+    @torch.no_grad()
+    def _scale_features(self, factors: Tensor) -> None:
+        """Multiply feature activations by factors [S] > 0, in the encoder; W_dec stays as it is."""
+        self.W_enc.copy_(self.W_enc.double() * factors)
+        self.b_enc.copy_(self.b_enc.double() * factors)
+
+    @torch.no_grad()
+    def start_from(self, other: Self, scale: float) -> None:
+        """Become another module of the same kind, so that training on x·scale starts at its function.
+
+        Args:
+            other: takes raw rows; rows of its W_dec have unit norm.
+            scale: the run's input scale s. Feature activations are s times those of `other`.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.copy_(other.get_parameter(name))
+        for name in self.in_units_of_rows:
+            self.get_parameter(name).mul_(scale)
+
+    def to_saelens(self) -> Foreign:
+        """This dictionary as SAELens has it.
+
+        Raises:
+            NoSuchKind
+        """
+        raise NoSuchKind(self.architecture, "SAELens")
+
+    def to_dictionary_learning(self) -> Foreign:
+        """This dictionary as dictionary_learning has it.
+
+        Raises:
+            NoSuchKind
+        """
+        raise NoSuchKind(self.architecture, "dictionary_learning")
+
+    def to_sparsify(self) -> Foreign:
+        """This dictionary as sparsify has it.
+
+        Raises:
+            NoSuchKind
+        """
+        raise NoSuchKind(self.architecture, "sparsify")
+
+    @classmethod
+    def settings_from_saelens(cls, fields: dict[str, object]) -> dict[str, object]:
+        """Settings of this kind, besides name, hook point and d_sae, of a SAELens dictionary.
+
+        Args:
+            fields: of its cfg.json.
+        """
+        return {}
+
+    def adopt_saelens(self, source: Foreign) -> None:
+        """Take the weights of a SAELens dictionary, which subtracts b_dec from its input.
+
+        Args:
+            source: its tensors have been checked to be those that `to_saelens` gives, in their shapes.
+        """
+        self.load_state_dict(source.tensors)

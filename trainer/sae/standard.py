@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from penstock.trainer.sae.base import SAE, SAESettings, Schedule, StepResult
+from penstock.trainer.sae.foreign import Foreign, by_input, by_output, centred_bias, plain
 
 
 class StandardSettings(SAESettings):
@@ -32,6 +33,7 @@ class StandardSAE(SAE):
     """See the module."""
 
     architecture = "standard"
+    settings: StandardSettings
 
     def __init__(self, d_in: int, settings: StandardSettings) -> None:
         super().__init__(d_in, settings.d_sae)
@@ -53,3 +55,25 @@ class StandardSAE(SAE):
             reconstruction=reconstruction,
             active=(acts > 0).sum(dim=0, dtype=torch.int32),
         )
+
+    def to_saelens(self) -> Foreign:
+        return Foreign("standard", {}, by_input(self))
+
+    def to_dictionary_learning(self) -> Foreign:
+        # its AutoEncoder subtracts b_dec, too, but is always loaded with decoder rows stretched to unit
+        # norm, which changes feature activations; this one is left alone
+        tensors = {
+            "encoder.weight": plain(self.W_enc.T),
+            "encoder.bias": centred_bias(self),
+            "decoder.weight": plain(self.directions().T),
+            "decoder.bias": plain(self.b_dec),
+        }
+        return Foreign("AutoEncoderNew", {}, tensors)
+
+    def to_sparsify(self) -> Foreign:
+        # the k = S largest are all, and its encoder has a ReLU
+        return Foreign("topk", {"k": self.d_sae}, by_output(self) | {"W_dec": plain(self.directions())})
+
+    @classmethod
+    def settings_from_saelens(cls, fields: dict[str, object]) -> dict[str, object]:
+        return {"l1_coefficient": 0.0}

@@ -7,13 +7,17 @@ sparse autoencoders").
 where e = x − x̂ (no gradient) and ê is its reconstruction by the `aux_k` strongest dead features.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from penstock.trainer.sae.base import SAE, SAESettings, Schedule, StepResult
+from penstock.trainer.sae.foreign import Foreign, by_input, by_output, plain
+
+SAME_NORM = 1e-5
+"""Relative difference in decoder rows' norms that is taken for rounding."""
 
 
 class TopKSettings(SAESettings):
@@ -33,6 +37,8 @@ class TopKSAE(SAE):
     """See the module."""
 
     architecture = "topk"
+    settled = ("k",)
+    settings: TopKSettings
 
     def __init__(self, d_in: int, settings: TopKSettings) -> None:
         super().__init__(d_in, settings.d_sae)
@@ -63,6 +69,46 @@ class TopKSAE(SAE):
             loss = loss + self.settings.aux_coefficient * aux
         active = (acts > 0).sum(dim=0, dtype=torch.int32)
         return StepResult(loss, components, reconstruction, active)
+
+    def to_saelens(self) -> Foreign:
+        return Foreign("topk", {"k": self.k, "rescale_acts_by_decoder_norm": False}, by_input(self))
+
+    def to_dictionary_learning(self) -> Foreign:
+        tensors = by_output(self) | {
+            "decoder.weight": plain(self.directions().T),
+            "k": torch.tensor(self.k, dtype=torch.int32),
+            "threshold": torch.tensor(-1.0),  # none: its encoder keeps the k largest
+        }
+        return Foreign("AutoEncoderTopK", {"k": self.k}, tensors)
+
+    def to_sparsify(self) -> Foreign:
+        return Foreign("topk", {"k": self.k}, by_output(self) | {"W_dec": plain(self.directions())})
+
+    @classmethod
+    def settings_from_saelens(cls, fields: dict[str, object]) -> dict[str, object]:
+        return {"k": fields.get("k")}
+
+    def adopt_saelens(self, source: Foreign) -> None:
+        super().adopt_saelens(source)
+        if source.fields.get("rescale_acts_by_decoder_norm"):
+            # it ranks, and gives, activations times the norms of their decoder rows
+            self.normalise_decoder(ranked=True)
+
+    @torch.no_grad()
+    def normalise_decoder(self, ranked: bool = False) -> Self:
+        """As for every kind; the features that are kept must stay the same.
+
+        Args:
+            ranked: features are ranked by activation times norm of their decoder row as it is.
+        """
+        norms = torch.linalg.vector_norm(self.W_dec.double(), dim=1)
+        if not ranked and norms.max() > norms.min() * (1 + SAME_NORM):
+            raise ValueError(
+                f"its decoder rows have norms of {norms.min():.4g} to {norms.max():.4g}, and it keeps "
+                "features by their activations alone (rescale_acts_by_decoder_norm is false); with rows of "
+                "unit norm, which training works on, others would be kept"
+            )
+        return super().normalise_decoder()
 
 
 def _keep_top(pre_acts: Tensor, k: int) -> Tensor:

@@ -1,0 +1,220 @@
+"""SAELens 6 dictionaries read: `load_saelens` for evaluation; `read_saelens` and `assemble` for training on.
+
+Read strictly and from safetensors only; a pickle is never opened.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor
+
+from penstock.common.errors import UserError, nearest
+from penstock.common.settings import Settings, load_yaml, one_line, parse
+from penstock.trainer.exchange.saelens import CONFIG, WEIGHTS
+from penstock.trainer.sae import FROM_SAELENS, SAE, AnySettings, build
+from penstock.trainer.sae.foreign import Foreign
+
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Types whose values float32 holds exactly."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A SAELens dictionary as its files have it.
+
+    Attributes:
+        fields: cfg.json without what says nothing about the function: metadata and device.
+        weights: bytes of the weights file.
+        name, hook_name: what its metadata says, or stand-ins.
+    """
+
+    fields: dict[str, Any]
+    weights: bytes
+    name: str
+    hook_name: str
+
+
+def load_saelens(directory: str | Path) -> SAE:
+    """A SAELens 6 dictionary on disk, taking raw activations.
+
+    Args:
+        directory: with cfg.json and sae_weights.safetensors.
+
+    Returns:
+        A module as `load_sae` gives it, computing in float32. Its settings for training are stand-ins.
+
+    Raises:
+        UserError: not such a dictionary, or one that cannot be represented here.
+    """
+    source = read_saelens(directory)
+    return assemble(source.fields, source.weights, str(directory), source.name, source.hook_name)
+
+
+def read_saelens(directory: str | Path) -> Source:
+    """Read the files of a SAELens dictionary.
+
+    Raises:
+        UserError: they are not there, or of a version before 6.
+    """
+    folder = Path(directory).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{directory}: no such directory; give that of a SAELens dictionary")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{directory}: no {CONFIG}; this is not a SAELens dictionary")
+    data = load_yaml(folder / CONFIG)
+    metadata = data.pop("metadata", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
+    data.pop("device", None)
+    version = str(metadata.get("sae_lens_version"))
+    if not re.match(r"0*[1-9]\d+\.|0*[6-9]\.", version):
+        raise UserError(
+            f"{directory}/{CONFIG}: not of SAELens 6 or newer (metadata.sae_lens_version is "
+            f"{one_line(version, 30)}); load and save it with SAELens 6"
+        )
+    own = metadata.get("penstock")
+    name = own.get("sae") if isinstance(own, dict) else None
+    hook_name = metadata.get("hook_name")
+    return Source(
+        fields=data,
+        weights=_read_weights(folder, str(directory)),
+        name=_as_name(name if isinstance(name, str) else folder.resolve().name),
+        hook_name=hook_name if isinstance(hook_name, str) else "unknown",
+    )
+
+
+def _read_weights(folder: Path, directory: str) -> bytes:
+    try:
+        return (folder / WEIGHTS).read_bytes()
+    except FileNotFoundError as error:
+        pickles = [file.name for end in ("*.pt", "*.pth", "*.bin", "*.pkl") for file in folder.glob(end)]
+        hint = f"{pickles[0]} is a pickle, which is never read; save it as safetensors" if pickles else ""
+        raise UserError(f"{directory}: no {WEIGHTS}; {hint or 'this is not a SAELens dictionary'}") from error
+    except OSError as error:
+        raise UserError(f"{directory}/{WEIGHTS} cannot be read: {error.strerror or error}") from error
+
+
+def _as_name(text: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("._-")
+    return name or "imported"
+
+
+class _Config(BaseModel):
+    """What every kind of SAELens dictionary has in its cfg.json."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    architecture: str
+    d_in: PositiveInt
+    d_sae: PositiveInt
+    dtype: str = "float32"
+    apply_b_dec_to_input: bool = True
+    normalize_activations: str = "none"
+    reshape_activations: str = "none"
+
+
+class _Own(Settings):
+    """Settings of any kind here."""
+
+    imported: AnySettings
+
+
+def assemble(
+    fields: dict[str, Any], weights: bytes, where: str, name: str = "imported", hook_name: str = "unknown"
+) -> SAE:
+    """The module of a SAELens dictionary, taking raw activations.
+
+    Args:
+        fields, weights: as `Source` has them.
+        where: for messages.
+
+    Raises:
+        UserError: it cannot be represented here.
+    """
+    config = parse(_Config, fields, f"{where}/{CONFIG}")
+    kind = FROM_SAELENS.get(config.architecture)
+    if kind is None:
+        raise UserError(
+            f"{where}/{CONFIG}: architecture {one_line(config.architecture, 60)!r} cannot be imported."
+            f"{nearest(config.architecture, FROM_SAELENS)} Can be: {', '.join(FROM_SAELENS)}."
+        )
+    _check_config(config, where)
+    settings = {
+        "name": name,
+        "hook_name": hook_name,
+        "architecture": kind.architecture,
+        "d_sae": config.d_sae,
+    } | kind.settings_from_saelens(fields)
+    sae = build(config.d_in, parse(_Own, {"imported": settings}, f"{where}/{CONFIG}").imported)
+    k = getattr(sae.settings, "k", 0)
+    if k > config.d_sae:
+        raise UserError(f"{where}/{CONFIG}: k is {k}, more than its d_sae of {config.d_sae}")
+    sae.folded_scale = 1.0
+    tensors = _parse_weights(weights, f"{where}/{WEIGHTS}")
+    _check_tensors(tensors, sae.to_saelens().tensors, f"{where}/{WEIGHTS}")
+    tensors = {name: tensor.to(_type_of(config.dtype)).float() for name, tensor in tensors.items()}
+    if not config.apply_b_dec_to_input:
+        tensors["b_enc"] = _uncentred(tensors, where)
+    try:
+        sae.adopt_saelens(Foreign(config.architecture, fields, tensors))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    return sae.eval().requires_grad_(False)
+
+
+def _check_config(config: _Config, where: str) -> None:
+    if config.normalize_activations != "none":
+        raise UserError(
+            f"{where}/{CONFIG}: normalize_activations is {one_line(config.normalize_activations, 60)}: its "
+            "inputs are not raw activations; fold the normalisation into the weights with SAELens first"
+        )
+    if config.reshape_activations not in ("none", "hook_z"):
+        reshape = one_line(config.reshape_activations, 60)
+        raise UserError(f"{where}/{CONFIG}: reshape_activations {reshape} is not known here")
+    if _type_of(config.dtype) is None:
+        raise UserError(
+            f"{where}/{CONFIG}: dtype {one_line(config.dtype, 60)} cannot be imported exactly; can be: "
+            f"{', '.join(TYPES)}"
+        )
+
+
+def _type_of(name: str) -> torch.dtype | None:
+    return TYPES.get(name.removeprefix("torch."))
+
+
+def _parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        raise UserError(f"{where} is a pickle, which is never read; save it as safetensors")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{where} is not a safetensors file: {one_line(str(error), 100)}") from error
+    return tensors
+
+
+def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], where: str) -> None:
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise UserError(f"{where}: holds {one_line(', '.join(extra), 100)}, which its kind does not have")
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise UserError(f"{where}: {', '.join(missing)} is missing")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            shape, right = list(tensor.shape), list(wanted[name].shape)
+            raise UserError(f"{where}: {name} has shape {shape}, but its {CONFIG} says {right}")
+        if tensor.dtype not in TYPES.values():
+            raise UserError(f"{where}: {name} is {tensor.dtype}; save it as {', '.join(TYPES)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} holds values that are not finite")
+
+
+def _uncentred(tensors: dict[str, Tensor], where: str) -> Tensor:
+    """[S] encoder bias that makes up for b_dec being subtracted: b_enc + b_dec W_enc."""
+    if "b_enc" not in tensors:
+        raise UserError(f"{where}/{CONFIG}: apply_b_dec_to_input: false cannot be imported for its kind")
+    b_enc, b_dec, W_enc = (tensors[name].double() for name in ("b_enc", "b_dec", "W_enc"))
+    return (b_enc + b_dec @ W_enc).float()
