@@ -3,19 +3,23 @@
 Ours reads chunks from the page cache, checks size and crc32c of each, lays out windows and gathers
 batches from them, reading ahead in the background. The limit has the rows in one tensor already and
 knows the order: what is left is one gather per batch. Both cast to float32, as a training step does.
+Beside them SAELens's loader of cached activations on as many rows, which it stores in float32: with its own
+default buffer of 20 sequences, and once with as many sequences in its buffer as ours mixes.
 With all of torch's threads and with one: the threads that read ahead want the same cores.
 """
 
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import WARM_UPS, Case, take_turns
+from benchmarks.measure import WARM_UPS, Case, Work, take_turns
+from benchmarks.peer import PYTHON, Peer
 from penstock.store.arrays import BFLOAT16
 from penstock.store.dataset import Chunk, Dataset, DatasetWriter
 from penstock.store.layout import FORMAT_VERSION
@@ -27,6 +31,7 @@ HOOK, D_IN = "synthetic", 768
 CONTEXT, SEQUENCES = 256, 64
 BATCH_ROWS, WINDOW_CHUNKS = 4096, 8
 N_CHUNKS = 2 * WINDOW_CHUNKS
+MIXED_SEQUENCES = WINDOW_CHUNKS * SEQUENCES
 
 
 def run(quick: bool, device: torch.device) -> list[Case]:
@@ -65,8 +70,22 @@ def _compare(dataset: Dataset, epochs: int, rounds: int, device: torch.device) -
         for rows in batches:
             resident.index_select(0, rows).view(torch.bfloat16).to(device).float()
 
-    seconds = take_turns({"Dataset.batches": ours, "gather from memory": limit}, rounds, device)
-    first = statistics.median(waits[WARM_UPS:]) * 1000
+    contenders: dict[str, Work] = {"Dataset.batches": ours, "gather and cast from memory": limit}
+    notes = []
+    with ExitStack() as stack:
+        if Peer.available():
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-benchmark-")))
+            peer, alike = (
+                stack.enter_context(_saelens(directory / str(n), n)) for n in (20, MIXED_SEQUENCES)
+            )
+            contenders["SAELens, cached activations"] = lambda: [peer.round() for _ in range(epochs)]
+            notes.append(
+                f"SAELens mixing {MIXED_SEQUENCES} sequences: {_rate(alike.round()):,.0f} rows/s, once"
+            )
+        else:
+            notes.append(f"SAELens left out: `make interop` makes {PYTHON}")
+        seconds = take_turns(contenders, rounds, device)
+    notes.insert(0, f"first batch after {statistics.median(waits[WARM_UPS:]) * 1000:.0f} ms")
     return Case(
         "loader",
         f"{n_rows:,} rows of d_in {D_IN} in batches of {BATCH_ROWS:,}, cast to float32",
@@ -74,8 +93,18 @@ def _compare(dataset: Dataset, epochs: int, rounds: int, device: torch.device) -
         n_rows,
         torch.get_num_threads(),
         seconds,
-        [f"first batch after {first:.0f} ms"],
+        notes,
     )
+
+
+def _saelens(directory: Path, buffer_sequences: int) -> Peer:
+    directory.mkdir()
+    shape = (N_CHUNKS * SEQUENCES, CONTEXT, D_IN, BATCH_ROWS, buffer_sequences)
+    return Peer("saelens_loader.py", directory, *shape, torch.get_num_threads())
+
+
+def _rate(seconds: float) -> float:
+    return N_CHUNKS * SEQUENCES * CONTEXT / seconds
 
 
 def _window_tensor(dataset: Dataset) -> Tensor:
@@ -149,4 +178,5 @@ def _manifest() -> Manifest:
         rows=[rows] * N_CHUNKS,
         seed=0,
         codec="bytes+crc32c",
+        retention="keep",
     )
