@@ -11,7 +11,7 @@ from penstock.common.logs import LOGGER
 from penstock.common.redis import Client, RedisSettings, connect
 from services.valkey import debian_redis, fresh_prefix, valkey_server
 
-pytest.register_assert_rewrite("contracts.objects")
+pytest.register_assert_rewrite("contracts.objects", "contracts.race")
 
 # libraries that tests load raise the root logger's level
 LOGGER.setLevel(logging.INFO)
