@@ -40,8 +40,8 @@ def run(quick: bool, device: torch.device) -> list[Case]:
         with server() as running, _environment(running.environment()):
             clients = _clients(running)
             for streams in (1, 4) if quick else STREAMS:
-                cases += _large(name, clients, streams, 2 if quick else 5, device)
-            cases += _small(name, clients, 2 if quick else 5, device)
+                cases += _large(name, clients, streams, 2 if quick else 3, device)
+            cases += _small(name, clients, 2 if quick else 3, device)
     return cases
 
 
@@ -126,7 +126,7 @@ def _clients(server: Any) -> dict[str, _Client]:
 def _large(
     server: str, clients: dict[str, _Client], streams: int, rounds: int, device: torch.device
 ) -> Iterator[Case]:
-    n = max(4, streams)
+    n = max(2, streams)
     data = os.urandom(LARGE)
     ours = clients["S3Store"]
     assert isinstance(ours, _Ours)

@@ -240,7 +240,7 @@ class S3Store(ObjectStore):
         if code in _CREDENTIAL_CODES:
             return StoreError(
                 f"{self.url}: {self._endpoint()} refused the credentials ({code}); "
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the clock"
+                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and the clock"
             )
         if status in (401, 403):
             return StoreError(

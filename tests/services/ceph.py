@@ -3,6 +3,7 @@
 Everything lives in one temporary directory and listens on free ports of 127.0.0.1, so several can run.
 """
 
+import json
 import subprocess
 import tempfile
 import urllib.error
@@ -98,6 +99,20 @@ class CephGateway(S3Server):
         assert self._gateway is not None
         return self._gateway.pid
 
+    def make_reader(self, bucket: str) -> dict[str, str]:
+        """A new user who may list a bucket and get its objects and nothing else; how to be that user."""
+        name = f"reader-{uuid.uuid4().hex[:8]}"
+        self._add_user(name, name, self.secret_key)
+        allowed = {
+            "Effect": "Allow",
+            "Principal": {"AWS": [f"arn:aws:iam:::user/{name}"]},
+            "Action": ["s3:GetObject", "s3:ListBucket"],
+            "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"],
+        }
+        policy = {"Version": "2012-10-17", "Statement": [allowed]}
+        self._request("PUT", f"{bucket}?policy", json.dumps(policy).encode())
+        return self.environment(access_key=name)
+
     def kill_gateway(self) -> None:
         """SIGKILL the gateway: whatever it was doing is cut off."""
         kill(self._gateway)
@@ -137,9 +152,12 @@ class CephGateway(S3Server):
         self._call("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h")
         self._disk = self._start("ceph-osd", "-i", "0")
         self.start_gateway()
+        self._add_user("test", self.access_key, self.secret_key)
+
+    def _add_user(self, name: str, access_key: str, secret_key: str) -> None:
         self._call(
-            *("radosgw-admin", "user", "create", "--uid=test", "--display-name=test"),
-            *(f"--access-key={self.access_key}", f"--secret-key={self.secret_key}"),
+            *("radosgw-admin", "user", "create", f"--uid={name}", f"--display-name={name}"),
+            *(f"--access-key={access_key}", f"--secret-key={secret_key}"),
         )
 
     def _command(self, name: str, *arguments: str) -> list[str]:
