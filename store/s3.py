@@ -16,60 +16,25 @@ and instance roles. Everything tried again is tried again here, by the policy of
 
 import base64
 import logging
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
 import google_crc32c
 import s3fs
-from botocore import exceptions as boto
-from botocore.parsers import ResponseParserError
 
 from penstock.common import metrics
-from penstock.common.errors import (
-    ObjectMissing,
-    PenstockError,
-    StoreError,
-    Unavailable,
-)
+from penstock.common.errors import StoreError
 from penstock.common.retries import retrying
 from penstock.store.objects import ObjectStore
+from penstock.store.s3_errors import Where, brief, code, explain, is_transient, status, without_secrets
 
 _CONNECT_TIMEOUT = 5.0  # seconds
 _READ_TIMEOUT = 30.0  # seconds without a byte, counted from the end of the upload
 
 _TOKEN = "penstock-create"  # user metadata: who made the object; never part of its bytes
-
-_TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
-_TRANSIENT_CODES = {
-    "BadDigest",  # what arrived is not what was sent
-    "InternalError",
-    "RequestTimeout",
-    "ServiceUnavailable",
-    "SlowDown",
-}
-_TRANSIENT_ERRORS = (
-    boto.HTTPClientError,
-    boto.ConnectionError,
-    boto.IncompleteReadError,
-    ResponseParserError,  # a load balancer's page in place of S3's XML
-    aiohttp.ClientError,
-    TimeoutError,
-    ConnectionError,
-)
-_CREDENTIAL_CODES = {
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidSecurity",
-    "InvalidToken",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-}
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -124,7 +89,7 @@ class S3Store(ObjectStore):
                 self._send(key, data, mode="create", Metadata={_TOKEN: token})
             except Exception as error:
                 # s3fs raises FileExistsError only where the reply names the condition.
-                if _status(error) != 412:
+                if status(error) != 412:
                     raise
             else:
                 return True
@@ -161,7 +126,7 @@ class S3Store(ObjectStore):
             try:
                 self._s3.call_s3("delete_object", Bucket=self._bucket, Key=self._prefix + key)
             except Exception as error:
-                if _code(error) != "NoSuchKey":
+                if code(error) != "NoSuchKey":
                     raise
 
         self._call("delete", key, attempt)
@@ -206,101 +171,17 @@ class S3Store(ObjectStore):
 
         def tell(error: BaseException) -> None:
             metrics.object_retries.labels(op).inc()
-            _log.warning("%s/%s: %s; trying again", self.url, key, _brief(error))
+            _log.warning("%s/%s: %s; trying again", self.url, key, brief(error))
 
         try:
-            return retrying(_is_transient, tell, self._sleep)(call)
+            return retrying(is_transient, tell, self._sleep)(call)
         except Exception as error:
-            explained = self._explain(key, error)
+            where = Where(self.url, self._bucket, key, self._endpoint)
+            explained = explain(error, where)
             if explained is None:
                 raise
             raise explained from error
 
-    def _explain(self, key: str, error: Exception) -> PenstockError | None:
-        name, status, code = f"{self.url}/{key}", _status(error), _code(error)
-        if _is_transient(error):
-            return Unavailable(
-                f"{self.url}: {self._endpoint()} did not serve {key or 'a listing'} in several "
-                f"tries ({_brief(error)}); check that it is up, and AWS_ENDPOINT_URL"
-            )
-        if isinstance(
-            error,
-            (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError),
-        ):
-            return StoreError(
-                f"{self.url}: no usable credentials ({type(error).__name__}); "
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
-        if code == "NoSuchBucket":
-            return StoreError(
-                f"{self.url}: {self._endpoint()} has no bucket {self._bucket}; create it or correct the URL"
-            )
-        if status == 404:
-            return ObjectMissing(f"{name} is missing")
-        if code in _CREDENTIAL_CODES:
-            return StoreError(
-                f"{self.url}: {self._endpoint()} refused the credentials ({code}); "
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and the clock"
-            )
-        if status in (401, 403):
-            return StoreError(
-                f"{name}: access denied ({_brief(error)}); the credentials need s3:GetObject, "
-                "s3:PutObject, s3:DeleteObject and s3:ListBucket"
-            )
-        if status == 501:
-            return StoreError(
-                f"{name}: {self._endpoint()} does not honour exclusive create (If-None-Match) "
-                f"or another request ({_brief(error)}); use another server"
-            )
-        if status is not None:
-            return StoreError(
-                f"{name}: {self._endpoint()} refused the request ({_brief(error)}); "
-                "check the URL, AWS_REGION and AWS_ENDPOINT_URL"
-            )
-        if isinstance(error, (boto.BotoCoreError, ValueError, OSError)):
-            return StoreError(
-                f"{self.url}: cannot be used as it is set up ({_brief(error)}); "
-                "check AWS_ENDPOINT_URL, AWS_PROFILE and the AWS configuration files"
-            )
-        return None
-
     def _endpoint(self) -> str:
         # Only called once a request was answered or sent, so the client exists.
-        return _without_secrets(str(self._s3.s3.meta.endpoint_url))
-
-
-def _response(error: BaseException) -> dict[str, Any]:
-    """S3's reply as botocore parsed it; s3fs hangs the botocore error below its own."""
-    for candidate in (error, error.__cause__):
-        if isinstance(response := getattr(candidate, "response", None), dict):
-            return response
-    return {}
-
-
-def _status(error: BaseException) -> int | None:
-    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return int(status) if status is not None else None
-
-
-def _code(error: BaseException) -> str:
-    return str(_response(error).get("Error", {}).get("Code", ""))
-
-
-def _is_transient(error: BaseException) -> bool:
-    if (status := _status(error)) is not None:
-        return status in _TRANSIENT_STATUS or _code(error) in _TRANSIENT_CODES
-    return isinstance(error, _TRANSIENT_ERRORS)
-
-
-def _brief(error: BaseException) -> str:
-    """A few words for a log line or a message: never a header, a body or a signature."""
-    if (status := _status(error)) is not None:
-        code = _code(error)
-        return f"HTTP {status}" if code in ("", str(status)) else f"HTTP {status} {code}"
-    if isinstance(error, _TRANSIENT_ERRORS):
-        return type(error).__name__
-    return _without_secrets(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _without_secrets(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", text)
+        return without_secrets(str(self._s3.s3.meta.endpoint_url))

@@ -149,8 +149,8 @@ def test_a_dataset_of_a_newer_format(
     newer = remote.get_record(MANIFEST) | {"format_version": FORMAT_VERSION + 1, "more": [1]}
     remote.put_guarded(MANIFEST, newer)
     put_at(work, "dataset", remote.url)
-    arguments = [remote.url] if command in ("inspect", "verify") else []
-    line = refused(capsys, command, *arguments or [write_config(tmp_path / "config.yaml", work)])
+    config = write_config(tmp_path / "config.yaml", work)
+    line = refused(capsys, command, remote.url if command in ("inspect", "verify") else config)
     for word in (remote.url, f"format version {FORMAT_VERSION + 1}", "upgrade penstock"):
         assert word in line
     assert remote.get(MANIFEST) == encode_record(newer)
