@@ -148,4 +148,5 @@ def _manifest() -> Manifest:
         rows=[rows] * N_CHUNKS,
         seed=0,
         codec="bytes+crc32c",
+        retention="keep",
     )
