@@ -1,10 +1,18 @@
 """A real S3 server for tests: Ceph's object gateway over one monitor and one disk server, from Debian.
 
 Everything lives in one temporary directory and listens on free ports of 127.0.0.1, so several can run.
+
+    PYTHONPATH=tests python -m services.ceph [BUCKET]
+
+starts one for people, makes a bucket, prints what to export and waits for Ctrl-C; then everything is gone.
 """
 
+import argparse
 import json
+import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -59,6 +67,10 @@ rgw max listing results = 50
 ms mon client mode = crc
 """
 
+_BINARIES = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
+
+_ENDS = {signal.SIGINT, signal.SIGTERM}
+
 _START = 120.0  # seconds; usually 10
 
 
@@ -69,7 +81,7 @@ class CephGateway(S3Server):
     """
 
     def __init__(self) -> None:
-        need("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
+        need(*_BINARIES)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._stack = ExitStack()
@@ -201,3 +213,22 @@ def _answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An S3 server for as long as this runs; it keeps nothing.")
+    parser.add_argument("bucket", nargs="?", default="penstock")
+    bucket = parser.parse_args().bucket
+    if missing := [name for name in _BINARIES if shutil.which(name) is None]:
+        sys.exit(f"no {', '.join(missing)}: tests/services/install brings it")
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    with CephGateway() as server:
+        server.make_bucket(bucket)
+        for name, value in server.environment().items():
+            print(f"export {name}={value}")
+        print(f"# s3://{bucket} is there until Ctrl-C", flush=True)
+        signal.sigwait(_ENDS)
+
+
+if __name__ == "__main__":
+    main()

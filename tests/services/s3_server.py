@@ -31,9 +31,9 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def make_bucket(self) -> str:
+    def make_bucket(self, name: str | None = None) -> str:
         """A new, empty bucket; its name."""
-        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        name = name or f"bucket-{uuid.uuid4().hex[:12]}"
         self._request("PUT", name)
         return name
 

@@ -31,12 +31,14 @@ class TlsProxy:
         self._port = free_port()
         self.url = f"https://127.0.0.1:{self._port}"
         self.certificate = directory / "certificate.pem"
-        self.heads: list[bytes] = []
-        """What came first on each connection, deciphered."""
+        self.sent: list[bytes] = []
+        """What clients sent, deciphered, bodies included."""
         key = directory / "key.pem"
         _make_certificate(self.certificate, key)
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self._context.load_cert_chain(self.certificate, key)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -57,33 +59,41 @@ class TlsProxy:
         self._loop.close()
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, ssl=self._context)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port, ssl=self._context)
 
     async def _stop(self) -> None:
         self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream = await asyncio.open_connection(self._upstream.hostname, self._upstream.port)
-        try:
-            await asyncio.gather(self._copy(reader, upstream[1], True), self._copy(upstream[0], writer))
-        finally:
-            for end in (upstream[1], writer):
-                end.close()
+        back, forth = await asyncio.open_connection(self._upstream.hostname, self._upstream.port)
+        self._writers |= {forth, writer}
+        await asyncio.gather(self._copy(reader, forth, True), self._copy(back, writer))
+        self._writers -= {forth, writer}
 
     async def _copy(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, keep: bool = False
     ) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while data := await source.read(1 << 16):
                 if keep:
-                    self.heads.append(data)
+                    self.sent.append(data)
                 target.write(data)
                 await target.drain()
+        except OSError:
+            pass  # the other direction ends, too
+        finally:
             target.close()
+            with contextlib.suppress(OSError):
+                await target.wait_closed()
 
 
 def _make_certificate(certificate: Path, key: Path) -> None:

@@ -34,7 +34,7 @@ def test_an_unknown_certificate_is_refused_at_once(store: S3Store, tls: TlsProxy
     for word in (store.url, f"certificate of {tls.url} is not trusted", "AWS_CA_BUNDLE"):
         assert word in message
     assert "\n" not in message
-    assert tls.heads == [], "nothing is sent to whom one does not trust"
+    assert tls.sent == [], "nothing is sent to whom one does not trust"
 
 
 @pytest.mark.parametrize("place", ["environment", "profile"])
@@ -53,7 +53,7 @@ def test_a_known_certificate_is_taken(
     assert not trusting.create("a", b"")
     trusting.put("b", data)
     assert trusting.get("a") == trusting.get("b") == data
-    sent = b"".join(tls.heads)
+    sent = b"".join(tls.sent)
     # Ceph 16 and others know no trailers
     assert b"UNSIGNED-PAYLOAD" in sent
     assert b"UNSIGNED-PAYLOAD-TRAILER" not in sent
