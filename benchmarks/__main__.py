@@ -11,11 +11,16 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import harvest, loader, step
+from benchmarks import harvest, loader, object_store, step
 from benchmarks.measure import Case
 from penstock.common.device import device_kind
 
-BENCHMARKS = {"loader": loader.run, "step": step.run, "harvest": harvest.run}
+BENCHMARKS = {
+    "loader": loader.run,
+    "step": step.run,
+    "harvest": harvest.run,
+    "objects": object_store.run,
+}
 
 
 @click.command()

@@ -141,6 +141,7 @@ def submit(config: Config) -> list[tuple[str, bool]]:
             f"dataset.url: no dataset at {config.dataset.url} yet; start a producer first"
         ) from error
     runs = open_store(config.runs_url)
+    runs.probe()
     budget = budget_chunks(dataset.manifest, config.dataset.budget_bytes)
     submitted = []
     for settings in config.runs:

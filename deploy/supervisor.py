@@ -60,6 +60,7 @@ def run(config: Config, program: Sequence[str] = PROGRAM) -> int:
     if state.finished and _same_as_before(config):
         print(_story(state, f"everything is done already; see {directory / 'report.html'}"))
         return 0
+    _check_stores(config)
     with _alone_in(directory):
         children: list[Child] = []
         stop = stop_on_signals(again=lambda: _kill_all(children))
@@ -76,6 +77,14 @@ def run(config: Config, program: Sequence[str] = PROGRAM) -> int:
     (directory / DONE_FILE).write_text(config.model_dump_json() + "\n")
     print(_story(final, f"report: {directory / 'report.html'}"))
     return 0
+
+
+def _check_stores(config: Config) -> None:
+    """Refuse stores that cannot be written before hours are spent; the corpus' maker checks its own."""
+    urls = [config.dataset.url] if config.producers else []
+    urls += [config.runs_url] if config.runs else []
+    for url in urls:
+        open_store(url).probe()
 
 
 def _supervise(config: Config, program: Sequence[str], children: list[Child], stop: threading.Event) -> None:

@@ -138,7 +138,7 @@ class ObjectStore(ABC):
 
 
 def open_store(url: str) -> ObjectStore:
-    """The store at a URL: a local path, `file://` or `s3://bucket/prefix`.
+    """The store at a URL: a local path, `file://`, `s3://bucket/prefix`, or one that fsspec reaches.
 
     Raises:
         StoreError: the URL's scheme has no backend here.
@@ -155,4 +155,6 @@ def open_store(url: str) -> ObjectStore:
         from penstock.store.s3 import S3Store
 
         return S3Store(url)
-    raise StoreError(f"{url}: no object store for {scheme}:// (use a path, file:// or s3://)")
+    from penstock.store.fsspec_store import FsspecStore
+
+    return FsspecStore(url)

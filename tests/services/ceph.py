@@ -1,9 +1,18 @@
 """A real S3 server for tests: Ceph's object gateway over one monitor and one disk server, from Debian.
 
 Everything lives in one temporary directory and listens on free ports of 127.0.0.1, so several can run.
+
+    PYTHONPATH=tests python -m services.ceph [BUCKET]
+
+starts one for people, makes a bucket, prints what to export and waits for Ctrl-C; then everything is gone.
 """
 
+import argparse
+import json
+import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -58,6 +67,10 @@ rgw max listing results = 50
 ms mon client mode = crc
 """
 
+_BINARIES = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
+
+_ENDS = {signal.SIGINT, signal.SIGTERM}
+
 _START = 120.0  # seconds; usually 10
 
 
@@ -68,7 +81,7 @@ class CephGateway(S3Server):
     """
 
     def __init__(self) -> None:
-        need("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
+        need(*_BINARIES)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._stack = ExitStack()
@@ -97,6 +110,20 @@ class CephGateway(S3Server):
     def gateway_pid(self) -> int:
         assert self._gateway is not None
         return self._gateway.pid
+
+    def make_reader(self, bucket: str) -> dict[str, str]:
+        """A new user who may list a bucket and get its objects and nothing else; how to be that user."""
+        name = f"reader-{uuid.uuid4().hex[:8]}"
+        self._add_user(name, name, self.secret_key)
+        allowed = {
+            "Effect": "Allow",
+            "Principal": {"AWS": [f"arn:aws:iam:::user/{name}"]},
+            "Action": ["s3:GetObject", "s3:ListBucket"],
+            "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"],
+        }
+        policy = {"Version": "2012-10-17", "Statement": [allowed]}
+        self._request("PUT", f"{bucket}?policy", json.dumps(policy).encode())
+        return self.environment(access_key=name)
 
     def kill_gateway(self) -> None:
         """SIGKILL the gateway: whatever it was doing is cut off."""
@@ -137,9 +164,12 @@ class CephGateway(S3Server):
         self._call("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h")
         self._disk = self._start("ceph-osd", "-i", "0")
         self.start_gateway()
+        self._add_user("test", self.access_key, self.secret_key)
+
+    def _add_user(self, name: str, access_key: str, secret_key: str) -> None:
         self._call(
-            *("radosgw-admin", "user", "create", "--uid=test", "--display-name=test"),
-            *(f"--access-key={self.access_key}", f"--secret-key={self.secret_key}"),
+            *("radosgw-admin", "user", "create", f"--uid={name}", f"--display-name={name}"),
+            *(f"--access-key={access_key}", f"--secret-key={secret_key}"),
         )
 
     def _command(self, name: str, *arguments: str) -> list[str]:
@@ -183,3 +213,22 @@ def _answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An S3 server for as long as this runs; it keeps nothing.")
+    parser.add_argument("bucket", nargs="?", default="penstock")
+    bucket = parser.parse_args().bucket
+    if missing := [name for name in _BINARIES if shutil.which(name) is None]:
+        sys.exit(f"no {', '.join(missing)}: tests/services/install brings it")
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    with CephGateway() as server:
+        server.make_bucket(bucket)
+        for name, value in server.environment().items():
+            print(f"export {name}={value}")
+        print(f"# s3://{bucket} is there until Ctrl-C", flush=True)
+        signal.sigwait(_ENDS)
+
+
+if __name__ == "__main__":
+    main()

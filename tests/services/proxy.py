@@ -13,6 +13,8 @@ class FaultProxy(TcpProxy, Policy):
         super().__init__(upstream, self)
         self.requests: list[tuple[str, str]] = []
         """(method, path) of every request that arrived."""
+        self.heads: list[Head] = []
+        """Of every request that was forwarded, as it arrived."""
         self.answers: Iterator[tuple[int, str]] = iter(())
         """(status, S3 error code) given in place of forwarding, one per request until used up."""
         self.strip_if_none_match = False
@@ -43,6 +45,7 @@ class FaultProxy(TcpProxy, Policy):
         return None
 
     def edit(self, head: Head) -> Head:
+        self.heads.append(head)
         if self.strip_if_none_match:
             head = head.without("if-none-match")
         return head.without("x-amz-meta-") if self.strip_metadata else head

@@ -149,7 +149,12 @@ class _FileSystem:
         self._scheduler = memory.scheduler
 
     def pipe_file(
-        self, path: str, value: bytes, mode: str = "overwrite", Metadata: dict[str, str] | None = None
+        self,
+        path: str,
+        value: bytes,
+        mode: str = "overwrite",
+        ChecksumCRC32C: str = "",
+        Metadata: dict[str, str] | None = None,
     ) -> None:
         memory, process = self._memory, self._process()
 

@@ -34,22 +34,6 @@ class TestCephStore(ObjectStoreContract):
         return read_raw(self.ceph, store, key)
 
 
-def test_a_race_of_separate_clients_has_one_winner(ceph: CephGateway, store: S3Store) -> None:
-    clients = [S3Store(store.url) for _ in range(4)]
-    start = threading.Barrier(len(clients))
-
-    def race(number: int, key: str) -> bool:
-        start.wait()
-        return clients[number].create(key, b"%d" % number * 100_000)
-
-    with ThreadPoolExecutor(len(clients)) as pool:
-        for turn in range(20):
-            key = f"race/{turn}"
-            made = list(pool.map(race, range(len(clients)), [key] * len(clients)))
-            assert made.count(True) == 1
-            assert read_raw(ceph, store, key) == b"%d" % made.index(True) * 100_000
-
-
 def test_a_listing_of_several_pages_is_whole(store: S3Store) -> None:
     names = [f"{number:03}" for number in range(120)]  # a page holds 50
     with ThreadPoolExecutor(4) as pool:

@@ -1,5 +1,6 @@
 """The S3 backend: the contract on moto, and what a failing endpoint turns into."""
 
+import base64
 import itertools
 import logging
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
+import google_crc32c
 import pytest
 
 from contracts.objects import ObjectStoreContract
@@ -76,6 +78,50 @@ def test_the_endpoint_comes_from_where_botocore_looks(
     store = open_store(f"s3://{bucket}/x")
     assert store.create("a", b"1")
     assert moto.read(bucket, "x/a") == b"1"
+
+
+def test_credentials_come_from_a_profile(
+    bucket: str, moto: MotoServer, aws: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        aws.delenv(name)
+    (tmp_path / "aws-config").write_text(f"[profile mine]\nendpoint_url = {moto.url}\n")
+    (tmp_path / "aws-credentials").write_text(
+        f"[mine]\naws_access_key_id = {moto.access_key}\naws_secret_access_key = {moto.secret_key}\n"
+    )
+    aws.setenv("AWS_PROFILE", "mine")
+    store = open_store(f"s3://{bucket}/x")
+    assert store.create("a", b"1")
+    assert moto.read(bucket, "x/a") == b"1"
+
+
+@pytest.mark.parametrize("write", ["create", "put"])
+def test_what_is_sent_carries_its_checksum_and_is_not_hashed_besides(
+    proxy: FaultProxy, store: S3Store, write: str
+) -> None:
+    data = bytes(range(256)) * 100
+    getattr(store, write)("a", data)
+    head = proxy.heads[-1]
+    crc32c = google_crc32c.value(data).to_bytes(4, "big")
+    assert base64.b64decode(head.get("x-amz-checksum-crc32c")) == crc32c
+    assert head.get("x-amz-content-sha256") == "UNSIGNED-PAYLOAD"
+    assert "x-amz-checksum-crc32c" in head.get("authorization")
+    assert head.get("x-amz-trailer") == head.get("content-md5") == ""
+    assert head.get("if-none-match") == ("*" if write == "create" else "")
+
+
+def test_what_arrives_damaged_is_sent_again(proxy: FaultProxy, store: S3Store) -> None:
+    proxy.answers = iter([(400, "BadDigest")] * 2)
+    assert store.create("a", b"1") is True
+    assert proxy.puts("a") == 3
+
+
+def test_a_large_object_goes_in_parts(proxy: FaultProxy, store: S3Store) -> None:
+    """A checkpoint may be of any size."""
+    data = bytes(range(256)) * 4096 * 101
+    store.put("a", data)
+    assert proxy.puts("a") == 3
+    assert store.get("a") == data
 
 
 # A reply that was lost
