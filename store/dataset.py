@@ -32,8 +32,10 @@ from penstock.store.commits import (
     StoredObject,
     committed_indices,
     create_commit,
+    list_commits,
     read_commit,
 )
+from penstock.store.index import CommitIndex, overall_moments
 from penstock.store.layout import (
     ARRAYS,
     POSITION,
@@ -83,6 +85,7 @@ class Dataset:
         self.store = store
         self.manifest = manifest
         self._specs = {spec.path: spec for spec in dataset_arrays(manifest)}
+        self._index = CommitIndex(store, manifest)
 
     @property
     def url(self) -> str:
@@ -97,13 +100,24 @@ class Dataset:
         """Indices of the chunks that a listing shows as committed."""
         return committed_indices(self.store, self.n_chunks)
 
+    def moments(self) -> tuple[dict[str, Moments], int]:
+        """Moments of each hook over all rows committed so far, and over how many chunks they were taken.
+
+        Chunks whose commits are not indexed yet are represented by a few of them. Without a committed
+        chunk there are no moments.
+        """
+        return overall_moments(self.store, self._index, list_commits(self.store, self.n_chunks))
+
     def commit(self, index: int) -> Commit:
-        """The commit of a chunk.
+        """The commit of a chunk, from an index block if there is one.
 
         Raises:
             ObjectMissing: there is none.
             DamagedObject: it is damaged, or not one of this dataset.
         """
+        return self._index.find(index) or self._read_commit(index)
+
+    def _read_commit(self, index: int) -> Commit:
         commit = read_commit(self.store, index)
         if commit.objects.keys() != self._specs.keys() or len(commit.moments) != len(self.manifest.hooks):
             raise DamagedObject(f"{self.url}: the commit of chunk {index} is not one of this dataset")
@@ -124,7 +138,20 @@ class Dataset:
         names = [hook.name for hook in self.manifest.hooks] if hooks is None else list(hooks)
         for name in names:
             self.manifest.d_in(name)
-        commit = self.commit(index)
+        indexed = self._index.find(index)
+        if indexed is None:
+            return self._read_chunk(self._read_commit(index), names)
+        try:
+            return self._read_chunk(indexed, names)
+        except DamagedObject:
+            # only the commit itself may call a chunk damaged
+            commit = self._read_commit(index)
+            if commit == indexed:
+                raise
+            return self._read_chunk(commit, names)
+
+    def _read_chunk(self, commit: Commit, names: Sequence[str]) -> Chunk:
+        index = commit.index
         arrays = {path: self._read(path, commit) for path in (TOKENS, SEQUENCE, POSITION)}
         used = int(np.count_nonzero(arrays[SEQUENCE] != UNUSED))
         if used != commit.rows:
@@ -195,7 +222,7 @@ class DatasetWriter:
         self.manifest = publish_manifest(store, manifest)
         self.specs = dataset_arrays(self.manifest)
         create_arrays(store, ARRAYS, self.specs)
-        self._pool = pool or ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
+        self.pool = pool or ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
 
     def arrange(self, index: int, chunk: Chunk) -> dict[str, Array]:
         """A chunk's rows, permuted by the dataset's seed and padded to R, by array path.
@@ -226,7 +253,7 @@ class DatasetWriter:
         arranged = self.arrange(index, chunk)
         # before anything is stored: they also tell whether the rows are finite
         measured: dict[str, Moments] | None = self._moments(arranged, chunk.rows)
-        stored = dict(self._pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs))
+        stored = dict(self.pool.map(lambda spec: self._store(spec, index, arranged[spec.path]), self.specs))
         for path, array in stored.items():
             if path.startswith("acts/") and array is not arranged[path]:
                 measured = None  # another writer's bytes count
@@ -249,11 +276,12 @@ class DatasetWriter:
         arranged = self.arrange(index, chunk)
         try:
             commit = read_commit(self.store, index)
-        except ObjectMissing:
-            self.write(index, chunk)
-            return True
-        except DamagedObject:
-            commit = self._remember(index, arranged)
+        except DataError as error:
+            indexed = CommitIndex(self.store, self.manifest).find(index)
+            if indexed is None and isinstance(error, ObjectMissing):
+                self.write(index, chunk)
+                return True
+            commit = indexed or self._remember(index, arranged)
         broken: dict[str, bytes] = {}
         for spec in self.specs:
             if not is_as_committed(self.store, spec, commit):
@@ -267,7 +295,7 @@ class DatasetWriter:
         return True
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self.pool.shutdown()
 
     def _remember(self, index: int, arranged: dict[str, Array]) -> Commit:
         """The commit of a chunk whose commit is damaged: whole objects count, the rest is recomputed."""
