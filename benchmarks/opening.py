@@ -3,8 +3,8 @@
 A dataset of N committed chunks is written outright: its real manifest and its real index blocks; commits and
 chunks themselves are made for what is not indexed alone, which is what a reader and a producer look at. Then
 
-- fresh processes open it, ask what is committed, and do what `status` does with one run; seconds without the
-  imports, and the peak memory of the process with them;
+- fresh processes open it, ask what is committed, do what `status` does with one run, and what `inspect` does;
+  seconds without the imports, and the peak memory of the process with them;
 - a real producer (queue, work, sink) adds chunks of a few rows; milliseconds from commit to commit, and those
   of one comparison of the queue with the store, which comes every 30 seconds.
 
@@ -95,12 +95,10 @@ def _look(url: str) -> dict[str, float]:
     committed = timed("committed", dataset.committed)
     if len(committed) != dataset.n_chunks - MADE:
         raise RuntimeError(f"{len(committed)} of {dataset.n_chunks} chunks are committed")
-    # a process that only opens: status also brings torch, for the kinds of SAE
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     config = _config(url)
     timed("status", lambda: read_state(config))
     timed("inspect", lambda: list(describe(url)))
-    return seconds | {"peak": peak}
+    return seconds | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def _config(url: str) -> Any:

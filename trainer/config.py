@@ -17,8 +17,7 @@ from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 from penstock.store.order import ReadingOrder
 from penstock.store.retention import Reader, register_reader
-from penstock.trainer.sae import AnySettings
-from penstock.trainer.sae.base import LOSS_CONVENTION
+from penstock.trainer.kinds import LOSS_CONVENTION, AnySettings
 
 
 class RunSettings(Settings):

@@ -7,26 +7,11 @@ sparse autoencoders").
 where e = x − x̂ (no gradient) and ê is its reconstruction by the `aux_k` strongest dead features.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from penstock.trainer.sae.base import SAE, SAESettings, Schedule, StepResult
-
-
-class TopKSettings(SAESettings):
-    """TopK with AuxK."""
-
-    architecture: Literal["topk"]
-    """Kind of autoencoder."""
-    k: int = Field(ge=1)
-    """Features kept per row (L0)."""
-    aux_k: int | None = Field(None, ge=1)
-    """Dead features that reconstruct the error; null means d_in / 2."""
-    aux_coefficient: float = Field(1 / 32, ge=0)
-    """Weight of the auxiliary loss."""
+from penstock.trainer.kinds import TopKSettings
+from penstock.trainer.sae.base import SAE, Schedule, StepResult
 
 
 class TopKSAE(SAE):
