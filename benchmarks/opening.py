@@ -13,7 +13,6 @@ chunks themselves are made for what is not indexed alone, which is what a reader
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -98,7 +97,15 @@ def _look(url: str) -> dict[str, float]:
     config = _config(url)
     timed("status", lambda: read_state(config))
     timed("inspect", lambda: list(describe(url)))
-    return seconds | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return seconds | {"peak": _peak_memory()}
+
+
+def _peak_memory() -> int:
+    """Bytes. getrusage would count what the parent had when it started this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
 
 
 def _config(url: str) -> Any:
