@@ -52,7 +52,8 @@ def main(chunks: tuple[int, ...], stores: tuple[str, ...], rounds: int, look: st
         "committed s",
         "status s",
         "inspect s",
-        "peak MB",
+        "open MB",
+        "status MB",
         "commit ms",
         "compare ms",
     )
@@ -72,12 +73,12 @@ def _measure(url: str, n: int, rounds: int) -> str:
         for name in ("open", "committed", "status", "inspect")
     )
     commit, compare = _produce(url)
-    memory = max(f["peak"] for f in found) / 1e6
-    return seconds + f"{memory:>13.0f}{1000 * commit:>13.1f}{1000 * compare:>13.1f}"
+    memory = "".join(f"{max(f[name] for f in found) / 1e6:>13.0f}" for name in ("open_peak", "status_peak"))
+    return seconds + memory + f"{1000 * commit:>13.1f}{1000 * compare:>13.1f}"
 
 
 def _look(url: str) -> dict[str, float]:
-    """Seconds of each step, in the order of a user's, and the peak memory in bytes."""
+    """Seconds of each step, and the peak memory of the process so far in bytes."""
     from penstock.deploy.look import describe
     from penstock.deploy.state import read_state
     from penstock.store.dataset import open_dataset
@@ -94,10 +95,12 @@ def _look(url: str) -> dict[str, float]:
     committed = timed("committed", dataset.committed)
     if len(committed) != dataset.n_chunks - MADE:
         raise RuntimeError(f"{len(committed)} of {dataset.n_chunks} chunks are committed")
+    seconds["open_peak"] = _peak_memory()
     config = _config(url)
     timed("status", lambda: read_state(config))
+    seconds["status_peak"] = _peak_memory()
     timed("inspect", lambda: list(describe(url)))
-    return seconds | {"peak": _peak_memory()}
+    return seconds
 
 
 def _peak_memory() -> int:

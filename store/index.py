@@ -230,8 +230,12 @@ class CommitIndex:
         block = self.block(index // BLOCK_CHUNKS)
         return None if block is None else block.commit(index)
 
-    def block(self, number: int) -> IndexBlock | None:
-        """An index block; None if it is missing or damaged, which is said once."""
+    def block(self, number: int, keep: bool = True) -> IndexBlock | None:
+        """An index block; None if it is missing or damaged, which is said once.
+
+        Args:
+            keep: it will be wanted again.
+        """
         # one reader at a time: the others most likely want the same block
         with self._lock:
             if number in self._blocks:
@@ -242,7 +246,7 @@ class CommitIndex:
             found = self._read(number)
             if found is None:
                 self._missing[number] = time.monotonic()
-            else:
+            elif keep:
                 self._keep(number, found)
             return found
 
@@ -274,7 +278,7 @@ def overall_moments(
     sums, chunks = _Sums(index.columns.hooks), 0
     others = set(committed.indices)
     for number in committed.indexed:
-        block = index.block(number)
+        block = index.block(number, keep=False)
         if block is not None:
             sums.add(block)
             others.difference_update(range(block.first, block.first + len(block)))
