@@ -121,13 +121,14 @@ def _describe_dataset(url: str) -> Iterator[str]:
     dataset = open_dataset(url)
     manifest = dataset.manifest
     committed = dataset.committed()
+    moments, chunks = dataset.moments()
     yield f"  {len(committed)} of {manifest.n_chunks} chunks committed, {manifest.total_rows:,} rows planned"
     yield f"  model {manifest.source.name}, weights {manifest.source.weights_sha256[:12]}"
     for hook in manifest.hooks:
         line = f"  {hook.name}: d_in {hook.d_in}, {2 * hook.d_in * manifest.total_rows / 1e6:,.0f} MB"
-        if committed:
-            moments = dataset.commit(min(committed)).moments[hook.name]
-            line += f", mean norm {moments.mean_norm:.3g}, largest value {moments.max_abs:.3g}"
+        if hook.name in moments:
+            m = moments[hook.name]
+            line += f", mean norm {m.mean_norm:.3g}, largest value {m.max_abs:.3g} over {chunks} chunks"
         yield line
     yield f"  corpus {manifest.corpus.description}, digest {manifest.corpus.digest[:12]}"
     yield f"  numerics {manifest.numerics.model_dump()}"

@@ -1,15 +1,12 @@
 """From settings, corpus and model to the manifest: every number a dataset depends on."""
 
 from importlib.metadata import version
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
-from penstock.common.device import device_kind
 from penstock.common.errors import ConfigError
-from penstock.common.model.language_model import LanguageModel
 from penstock.common.settings import Settings
 from penstock.producer.memory import bytes_held
 from penstock.store.arrays import PLAIN
@@ -17,6 +14,9 @@ from penstock.store.corpus import Corpus
 from penstock.store.layout import FORMAT_VERSION
 from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
 from penstock.store.objects import MAX_CREATE_BYTES
+
+if TYPE_CHECKING:
+    from penstock.common.model.language_model import LanguageModel
 
 TARGET_OBJECT_BYTES = 32 * 1024 * 1024
 """Chunks are sized so that the largest object stays below this."""
@@ -64,7 +64,7 @@ class DatasetSettings(Settings):
         return self
 
 
-def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel) -> Manifest:
+def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: "LanguageModel") -> Manifest:
     """Resolve settings to a manifest.
 
     Raises:
@@ -118,8 +118,13 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: LanguageModel
     )
 
 
-def numerics(model: LanguageModel, settings: DatasetSettings, hooks: list[str]) -> Numerics:
+def numerics(model: "LanguageModel", settings: DatasetSettings, hooks: list[str]) -> Numerics:
     """What the bits of this process's activations, and of the objects that hold them, depend on."""
+    # not above: settings are read by processes that have no use for torch
+    import torch
+
+    from penstock.common.device import device_kind
+
     libraries = ["transformer-lens", "transformers"]
     if settings.codec != PLAIN:
         libraries.append("numcodecs")  # carries the compressor

@@ -10,8 +10,9 @@ import redis
 from penstock.common import metrics
 from penstock.common.errors import DataError, Unavailable
 from penstock.common.logs import LOGGER
-from penstock.store.commits import committed_indices
+from penstock.store.commits import list_commits
 from penstock.store.dataset import DatasetWriter
+from penstock.store.index import index_block
 from penstock.store.layout import commit_key
 from penstock.store.queue import ChunkQueue
 from penstock.store.retention import Retention
@@ -138,11 +139,21 @@ class Work:
         if time.monotonic() - self._reconciled < RECONCILE_SECONDS:
             return False
         planned = self._writer.manifest.n_chunks
-        committed = committed_indices(self._writer.store, planned)
-        self._queues[False].reconcile(planned, committed)
+        committed = list_commits(self._writer.store, planned)
+        complete = len(committed.indices) == planned
+        self._queues[False].reconcile(planned, committed.indices)
         self._advance()
+        # one producer at a time; but who ends leaves nothing undone
+        if committed.unindexed and (self._queues[False].lease_index() or complete):
+            for block in committed.unindexed:
+                self._index(block)
         self._reconciled = time.monotonic()
-        return len(committed) == planned
+        return complete
+
+    def _index(self, block: int) -> None:
+        writer = self._writer
+        if index_block(writer.store, writer.manifest, block, writer.pool, self._beat):
+            LOGGER.info("the commits of block %d are indexed", block)
 
     def _advance(self) -> None:
         try:

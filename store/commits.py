@@ -5,17 +5,26 @@ each hook's rows. It is created exclusively, after the objects, and never change
 of the stored bytes alone: who made it and when is provenance.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from penstock.common.errors import DamagedObject, ObjectMissing
-from penstock.store.layout import FORMAT_VERSION, commit_key
+from penstock.store.layout import (
+    BLOCK_CHUNKS,
+    COMMITS,
+    FORMAT_VERSION,
+    INDEX,
+    block_range,
+    commit_folder,
+    commit_key,
+)
 from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 
-_Count = Annotated[int, Field(strict=True, ge=0)]
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _Measure = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
@@ -104,11 +113,48 @@ def find_commit(store: ObjectStore, index: int) -> Commit | None:
         return None
 
 
+@dataclass(frozen=True)
+class Committed:
+    """What listings show of a dataset's commits: a hint, which may lag behind other writers.
+
+    Attributes:
+        indices: the committed chunks.
+        indexed: blocks that have an index record (`store/index.py`), all of whose chunks are committed.
+        unindexed: blocks all of whose chunks are committed, and which have none.
+    """
+
+    indices: set[int]
+    indexed: list[int]
+    unindexed: list[int]
+
+
+def list_commits(store: ObjectStore, n_chunks: int) -> Committed:
+    """Look at what is committed: commits are listed only where no index record says that all are there.
+
+    An index record is made once its block is complete, and commits stay, so its name alone tells.
+    """
+    n_blocks = -(-n_chunks // BLOCK_CHUNKS)
+    names = (key.removeprefix(INDEX).removesuffix(".safetensors") for key, _ in store.list(INDEX))
+    indexed = {int(name) for name in names if name.isdecimal()} & set(range(n_blocks))
+    folders = {int(name) for name in store.folders(COMMITS) if name.isdecimal()} & set(range(n_blocks))
+    indices = {index for block in indexed for index in block_range(block, n_chunks)}
+    complete = []
+    for block in sorted(folders - indexed):
+        found = set(_listed(store, block, n_chunks))
+        indices |= found
+        if len(found) == len(block_range(block, n_chunks)):
+            complete.append(block)
+    return Committed(indices, sorted(indexed), complete)
+
+
 def committed_indices(store: ObjectStore, n_chunks: int) -> set[int]:
-    """Indices whose commits a listing shows: a hint, which may lag behind other writers."""
-    found = set()
-    for key, _ in store.list("commits/"):
+    """Indices whose commits listings show: a hint, which may lag behind other writers."""
+    return list_commits(store, n_chunks).indices
+
+
+def _listed(store: ObjectStore, block: int, n_chunks: int) -> Iterator[int]:
+    chunks = block_range(block, n_chunks)
+    for key, _ in store.list(commit_folder(block)):
         stem = key.rsplit("/", 1)[-1].removesuffix(".json")
-        if stem.isdigit() and int(stem) < n_chunks and key == commit_key(int(stem)):
-            found.add(int(stem))
-    return found
+        if stem.isdecimal() and int(stem) in chunks and key == commit_key(int(stem)):
+            yield int(stem)

@@ -28,8 +28,10 @@ from penstock.store.commits import (
     StoredObject,
     committed_indices,
     create_commit,
+    list_commits,
     read_commit,
 )
+from penstock.store.index import CommitIndex, overall_moments
 from penstock.store.layout import (
     ACTS,
     ARRAYS,
@@ -89,6 +91,7 @@ class Dataset:
         self.store = store
         self.manifest = manifest
         self._specs = {spec.path: spec for spec in dataset_arrays(manifest)}
+        self._index = CommitIndex(store, manifest)
 
     @property
     def url(self) -> str:
@@ -103,13 +106,24 @@ class Dataset:
         """Indices of the chunks that a listing shows as committed."""
         return committed_indices(self.store, self.n_chunks)
 
+    def moments(self) -> tuple[dict[str, Moments], int]:
+        """Moments of each hook over all rows committed so far, and over how many chunks they were taken.
+
+        Chunks whose commits are not indexed yet are represented by a few of them. Without a committed
+        chunk there are no moments.
+        """
+        return overall_moments(self.store, self._index, list_commits(self.store, self.n_chunks))
+
     def commit(self, index: int) -> Commit:
-        """The commit of a chunk.
+        """The commit of a chunk, from an index block if there is one.
 
         Raises:
             ObjectMissing: there is none.
             DamagedObject: it is damaged, or not one of this dataset.
         """
+        return self._index.find(index) or self._read_commit(index)
+
+    def _read_commit(self, index: int) -> Commit:
         commit = read_commit(self.store, index)
         if commit.objects.keys() != self._specs.keys() or len(commit.moments) != len(self.manifest.hooks):
             raise DamagedObject(f"{self.url}: the commit of chunk {index} is not one of this dataset")
@@ -130,7 +144,20 @@ class Dataset:
         names = [hook.name for hook in self.manifest.hooks] if hooks is None else list(hooks)
         for name in names:
             self.manifest.d_in(name)
-        commit = self.commit(index)
+        indexed = self._index.find(index)
+        if indexed is None:
+            return self._read_chunk(self._read_commit(index), names)
+        try:
+            return self._read_chunk(indexed, names)
+        except DamagedObject:
+            # only the commit itself may call a chunk damaged
+            commit = self._read_commit(index)
+            if commit == indexed:
+                raise
+            return self._read_chunk(commit, names)
+
+    def _read_chunk(self, commit: Commit, names: Sequence[str]) -> Chunk:
+        index = commit.index
         arrays = {path: self.read_object(path, commit) for path in (TOKENS, SEQUENCE, POSITION)}
         used = int(np.count_nonzero(arrays[SEQUENCE] != UNUSED))
         if used != commit.rows:
@@ -266,7 +293,7 @@ class DatasetWriter:
         self.manifest = publish_manifest(store, manifest)
         self.specs = dataset_arrays(self.manifest)
         create_arrays(store, ARRAYS, self.specs)
-        self._pool = pool or ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
+        self.pool = pool or ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
 
     def write(self, index: int, chunk: Chunk, worker: str | None = None) -> tuple[Commit, bool]:
         """Store and commit a chunk.
@@ -284,7 +311,7 @@ class DatasetWriter:
         """
         self._check(index, chunk)
         order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
-        parts = list(self._pool.map(lambda spec: self._store(spec, index, chunk, order), self.specs))
+        parts = list(self.pool.map(lambda spec: self._store(spec, index, chunk, order), self.specs))
         commit = _commit(self.manifest, index, dict(zip(self.specs, parts, strict=True)))
         if worker is not None:
             told = {"index": index, "worker": worker, "time": time.time()}
@@ -305,11 +332,12 @@ class DatasetWriter:
         order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
         try:
             commit = read_commit(self.store, index)
-        except ObjectMissing:
-            self.write(index, chunk)
-            return True
-        except DamagedObject:
-            commit = self._remember(index, chunk, order)
+        except DataError as error:
+            indexed = CommitIndex(self.store, self.manifest).find(index)
+            if indexed is None and isinstance(error, ObjectMissing):
+                self.write(index, chunk)
+                return True
+            commit = indexed or self._remember(index, chunk, order)
         broken: dict[str, bytes] = {}
         for spec in self.specs:
             if not is_as_committed(self.store, spec, commit):
@@ -323,7 +351,7 @@ class DatasetWriter:
         return True
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self.pool.shutdown()
 
     def _check(self, index: int, chunk: Chunk) -> None:
         """Refuse what must not be stored, before anything is."""
@@ -336,7 +364,7 @@ class DatasetWriter:
                     f"chunk {index}: {spec.path} is {given.dtype} {list(given.shape)}, not "
                     f"{spec.dtype} [rows{''.join(f', {n}' for n in spec.shape[1:])}]"
                 )
-        if not all(self._pool.map(is_finite, chunk.acts.values())):
+        if not all(self.pool.map(is_finite, chunk.acts.values())):
             raise ModelError("the model gave non-finite activations; nothing was committed")
 
     def _store(self, spec: ArraySpec, index: int, chunk: Chunk, order: npt.NDArray[np.int64]) -> "_Part":

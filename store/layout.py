@@ -9,6 +9,9 @@ CORPUS_ARRAYS = "corpus.zarr"
 DOCUMENTS = "documents.json"
 TOKENS, SEQUENCE, POSITION = "tokens", "sequence", "position"
 ACTS = "acts/"
+COMMITS, INDEX = "commits/", "index/"
+BLOCK_CHUNKS = 1000
+"""Chunks whose commits lie in one folder, and in one index block once all are there."""
 
 
 def acts_array(hook_name: str) -> str:
@@ -21,8 +24,21 @@ def chunk_key(group: str, array: str, index: int, ndim: int) -> str:
     return f"{group}/{array}/c/{index}" + "/0" * (ndim - 1)
 
 
+def commit_folder(block: int) -> str:
+    return f"commits/{block}/"
+
+
 def commit_key(index: int) -> str:
-    return f"commits/{index // 1000}/{index}.json"
+    return f"{commit_folder(index // BLOCK_CHUNKS)}{index}.json"
+
+
+def index_key(block: int) -> str:
+    return f"{INDEX}{block}.safetensors"
+
+
+def block_range(block: int, n_chunks: int) -> range:
+    """The chunks of a block, of which the dataset's last may be shorter."""
+    return range(block * BLOCK_CHUNKS, min((block + 1) * BLOCK_CHUNKS, n_chunks))
 
 
 def provenance_key(index: int, writer: str) -> str:

@@ -93,6 +93,15 @@ class LocalStore(ObjectStore):
                     continue
                 yield file.relative_to(self.root).as_posix(), size
 
+    def folders(self, prefix: str) -> set[str]:
+        try:
+            with os.scandir(self.root / prefix) as entries:
+                return {entry.name for entry in entries if entry.is_dir()}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        except OSError as error:
+            raise StoreError(f"{self.root / prefix}: {error.strerror}") from error
+
     def delete(self, key: str) -> None:
         file = self.root / key
         try:

@@ -62,6 +62,14 @@ class ObjectStore(ABC):
         A listing is a hint: settle it with `get` or `exists`.
         """
 
+    def folders(self, prefix: str) -> set[str]:
+        """Names `<name>` of which there are objects `<prefix><name>/…`; `prefix` as for `list`. A hint, too.
+
+        Backends that can tell without listing these objects do so.
+        """
+        below = (key.removeprefix(prefix) for key, _ in self.list(prefix))
+        return {key.split("/")[0] for key in below if "/" in key}
+
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; it is no error if it is not there."""

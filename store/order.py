@@ -60,6 +60,10 @@ class ReadingOrder:
             return place
         return int(_epoch_order(self.n_chunks, self.seed, epoch)[place])
 
+    def epoch_chunks(self, epoch: int) -> npt.NDArray[np.int64]:
+        """[n_chunks] the chunk indices of an epoch in order of position: `chunk_at`, all at once."""
+        return np.arange(self.n_chunks) if epoch == 0 else _epoch_order(self.n_chunks, self.seed, epoch)
+
     def window(self, number: int) -> Window:
         """The window of that number, 0…n_windows−1."""
         epoch, within = divmod(number, self.windows_per_epoch)

@@ -7,6 +7,7 @@ All keys, below one prefix; <scope> is a hash of a URL and, for datasets, the ma
     <prefix>:dataset:<scope>:owners     hash        chunk index -> worker
     <prefix>:dataset:<scope>:repair:…   the same three, for committed chunks that are to be made again
     <prefix>:dataset:<scope>:feeds      hash        run id -> JSON of its current feed
+    <prefix>:dataset:<scope>:indexing   string      producer that writes index blocks; expires
     <prefix>:runs:<scope>:pending       sorted set  run id, scored by position
     <prefix>:runs:<scope>:lease:<run>   string      worker that holds the run; expires
     <prefix>:runs:<scope>:feed:<run>:<head>  stream  id <position + 1>-0, field chunk
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
 
 import redis
@@ -67,6 +69,7 @@ class ChunkQueue:
         base = _dataset_keys(prefix, url, manifest_digest)
         self._redis = client
         self.feeds_key = f"{base}:feeds"
+        self._indexing = f"{base}:indexing"
         base += ":repair" if repairs else ""
         self._todo, self._claimed, self._owners = (f"{base}:{name}" for name in ("todo", "claimed", "owners"))
         self._worker = worker
@@ -77,9 +80,18 @@ class ChunkQueue:
         self._reconcile = _script(client, "reconcile")
 
     def reconcile(self, planned: int, committed: set[int]) -> None:
-        """Make the queue say what the store says: planned chunks that are not committed."""
+        """Make the queue say what the store says: planned chunks that are not committed.
+
+        What is missing is sent as stretches, so that it is little however many chunks there are.
+        """
         keys = [self._todo, self._claimed, self._owners]
-        self._reconcile(keys=keys, args=[index for index in range(planned) if index not in committed])
+        self._reconcile(
+            keys=keys, args=[edge for stretch in _missing(planned, committed) for edge in stretch]
+        )
+
+    def lease_index(self) -> bool:
+        """Whether we are to index commits for a while, and not another producer of the dataset."""
+        return bool(self._redis.set(self._indexing, self._worker, nx=True, px=self._lease_ms))
 
     def ask(self, index: int) -> None:
         """Ask for one chunk, unless it is asked for or being made."""
@@ -117,6 +129,12 @@ class ChunkQueue:
     def claims(self) -> dict[int, str]:
         """Chunk index -> worker, for status."""
         return {int(index): owner for index, owner in self._redis.hgetall(self._owners).items()}
+
+
+def _missing(planned: int, committed: set[int]) -> list[tuple[int, int]]:
+    """First and last of each stretch of indices below `planned` that are not committed, ascending."""
+    edges = [-1, *sorted(index for index in committed if index < planned), planned]
+    return [(a + 1, b - 1) for a, b in pairwise(edges) if b - a > 1]
 
 
 def _dataset_keys(prefix: str, url: str, manifest_digest: str) -> str:

@@ -112,9 +112,16 @@ def detached_because(store: ObjectStore, run_id: str) -> str | None:
     return str(store.get_record(detached_key(run_id)).get("reason"))
 
 
-def newest_floor(store: ObjectStore) -> tuple[int, int]:
-    """Number and position of the newest floor; (−1, 0) if there is none."""
-    n = max((int(name) for name in _names(store, "floor/") if name.isdecimal()), default=-1)
+def newest_floor(store: ObjectStore, known: int = -1) -> tuple[int, int]:
+    """Number and position of the newest floor; (−1, 0) if there is none.
+
+    Args:
+        known: the number of one that was the newest. Floors are dense: reading goes on from there, and
+            costs the same however many there are.
+    """
+    n = known
+    if n < 0:
+        n = max((int(name) for name in _names(store, "floor/") if name.isdecimal()), default=-1)
     floor = _read_floor(store, n) if n >= 0 else 0
     while True:
         try:
@@ -162,6 +169,7 @@ class Retention:
         self._detach_after = detach_after
         self._open_runs = open_runs
         self._runs: dict[str, ObjectStore] = {}
+        self._known_floor = -1
         self._unneeded = 0
         self._deleted_to = 0
         self._slowest = ""
@@ -187,14 +195,14 @@ class Retention:
         if self._budget is None:
             return
         # the floor before the readers: another deleter may raise it between a look at them and one at it
-        n, self.floor = newest_floor(self._store)
+        n, self.floor = self._newest_floor()
         needed = self._needed()
         target = min(needed.values(), default=self.floor)
         if target > self.floor:
             # the floor first, then the readers again: whoever registers in between is seen or sees it
             record = {"format_version": FORMAT_VERSION, "n": n + 1, "floor": target}
             self._store.create_guarded(floor_key(n + 1), record)
-            _, self.floor = newest_floor(self._store)
+            _, self.floor = self._newest_floor()
             needed = self._needed()
         self._unneeded = min([self.floor, *needed.values()])
         self._delete_below(self._unneeded)
@@ -216,8 +224,12 @@ class Retention:
         """
         if self._budget is None:
             return True
-        _, floor = newest_floor(self._store)
+        _, floor = self._newest_floor()
         return index >= floor or index >= min([floor, *self._needed().values()])
+
+    def _newest_floor(self) -> tuple[int, int]:
+        self._known_floor, floor = newest_floor(self._store, self._known_floor)
+        return self._known_floor, floor
 
     def _needed(self) -> dict[str, int]:
         """Run -> lowest position that it may still read, of all readers that have not ended."""

@@ -71,8 +71,8 @@ class S3Store(ObjectStore):
                 "connect_timeout": _CONNECT_TIMEOUT,
                 "read_timeout": _READ_TIMEOUT,
                 "retries": {"total_max_attempts": 1},
-                # The defaults cost a quarter of an upload's speed, and over TLS send chunks with trailers, which
-                # servers of a few years ago do not understand.
+                # The defaults cost a quarter of an upload's speed, and over TLS send chunks with trailers,
+                # which servers of a few years ago do not understand.
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
                 "s3": {"payload_signing_enabled": False},
@@ -111,12 +111,22 @@ class S3Store(ObjectStore):
         return self._call("head", key, lambda: self._head(key)) is not None
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
-        while True:
-            page = self._call("list", prefix, lambda: self._s3.call_s3("list_objects_v2", **request))
+        for page in self._pages(prefix):
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):  # a console's "folder", not an object of ours
                     yield entry["Key"].removeprefix(self._prefix), entry["Size"]
+
+    def folders(self, prefix: str) -> set[str]:
+        found = (
+            entry for page in self._pages(prefix, Delimiter="/") for entry in page.get("CommonPrefixes", ())
+        )
+        return {entry["Prefix"].removeprefix(self._prefix + prefix).rstrip("/") for entry in found}
+
+    def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
+        request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, **options}
+        while True:
+            page = self._call("list", prefix, lambda: self._s3.call_s3("list_objects_v2", **request))
+            yield page
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]

@@ -1,20 +1,32 @@
 """What is wrong with stored objects, and what would put it right.
 
 Every object is one of three kinds: *guarded* records, which have a copy beside them; *derived* objects,
-which follow from others (Zarr metadata, commits); and *made* ones (chunks, corpus blocks, checkpoints),
-which only their maker can make again. Only one content is valid for each, and nothing is deleted.
+which follow from others (Zarr metadata, commits, index blocks); and *made* ones (chunks, corpus blocks,
+checkpoints), which only their maker can make again. Only one content is valid for each, and nothing is
+deleted.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from penstock.common.errors import DataError, ObjectMissing, PenstockError
 from penstock.store.arrays import ArraySpec, dataset_arrays, zarr_metadata
 from penstock.store.commits import Commit, read_commit
 from penstock.store.corpus import Corpus, corpus_arrays
 from penstock.store.dataset import Dataset, describe_stored, is_as_committed, load_payload, restore_commit
-from penstock.store.layout import ARRAYS, CORPUS_ARRAYS, MANIFEST, commit_key, copy_key
+from penstock.store.index import Columns, IndexBlock, encode_block, read_block
+from penstock.store.layout import (
+    ARRAYS,
+    BLOCK_CHUNKS,
+    CORPUS_ARRAYS,
+    MANIFEST,
+    block_range,
+    commit_key,
+    copy_key,
+    index_key,
+)
 from penstock.store.objects import ObjectStore
 from penstock.store.records import decode_record
 from penstock.store.retention import newest_floor
@@ -98,11 +110,19 @@ def dataset_faults(dataset: Dataset, on_chunk: Callable[[int], None] = lambda in
     except DataError:
         floor = 0  # reported above
     gone = dataset.quarantined()
-    committed = dataset.committed()
-    for index in sorted(committed | {index for key in provenance if (index := _index_of(key)) is not None}):
-        objects = [] if index < floor or index in gone else specs
-        yield from _chunk_faults(dataset, index, objects)
-        on_chunk(index)
+    told = {index for key in provenance if (index := _index_of(key)) is not None}
+    for block, indices in groupby(sorted(dataset.committed() | told), lambda index: index // BLOCK_CHUNKS):
+        indexed, problem = _read_index(dataset, block)
+        commits: list[Commit] = []
+        for index in indices:
+            try:
+                commits.append(read_commit(store, index))
+            except DataError as error:
+                yield _commit_fault(dataset, index, str(error), indexed)
+            else:
+                yield from _chunk_faults(store, commits[-1], [] if index < floor or index in gone else specs)
+            on_chunk(index)
+        yield from _index_faults(dataset, block, commits, problem)
 
 
 def _provenance_faults(store: ObjectStore, keys: list[str]) -> Iterator[Fault]:
@@ -136,13 +156,8 @@ def _gaps(store: ObjectStore, keys: list[str]) -> Iterator[Fault]:
         yield Fault(f"{store.url}/floor/{n}.json is missing", "cannot help: its copy is gone, too")
 
 
-def _chunk_faults(dataset: Dataset, index: int, specs: list[ArraySpec]) -> Iterator[Fault]:
-    store = dataset.store
-    try:
-        commit = read_commit(store, index)
-    except DataError as error:
-        yield _commit_fault(dataset, index, str(error))
-        return
+def _chunk_faults(store: ObjectStore, commit: Commit, specs: list[ArraySpec]) -> Iterator[Fault]:
+    index = commit.index
     for spec in specs:
         if not is_as_committed(store, spec, commit):
             yield Fault(_object_problem(store, spec, commit), f"makes chunk {index} again", chunk=index)
@@ -156,8 +171,41 @@ def _object_problem(store: ObjectStore, spec: ArraySpec, commit: Commit) -> str:
     return f"{store.url}/{spec.key(ARRAYS, commit.index)} is damaged: its bytes are not those committed"
 
 
-def _commit_fault(dataset: Dataset, index: int, problem: str) -> Fault:
-    """A commit follows from its chunk's objects, if these are whole."""
+def _read_index(dataset: Dataset, block: int) -> tuple[IndexBlock | None, str]:
+    """An index block, or what is wrong with it."""
+    chunks = block_range(block, dataset.n_chunks)
+    try:
+        return read_block(dataset.store, Columns.of(dataset.manifest), chunks), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _index_faults(dataset: Dataset, block: int, commits: list[Commit], problem: str) -> Iterator[Fault]:
+    """An index block follows from its commits: from all that there are to be, each whole.
+
+    Args:
+        commits: those of the block that can be read.
+        problem: why the index block cannot be read, if so.
+    """
+    store, key = dataset.store, index_key(block)
+    columns, remedy = Columns.of(dataset.manifest), "writes it from the commits"
+    complete = len(commits) == len(block_range(block, dataset.n_chunks))
+    if not complete or not all(columns.describes(commit) for commit in commits):
+        if problem and store.exists(key):
+            yield Fault(problem, remedy)  # once these are there again
+        return
+    data = encode_block(columns, commits)
+    if not problem and store.get(key) != data:
+        problem = f"{store.url}/{key} is damaged: it is not what its commits say"
+    if problem:
+        yield Fault(problem, remedy, _writer(store, key, data))
+
+
+def _commit_fault(dataset: Dataset, index: int, problem: str, indexed: IndexBlock | None) -> Fault:
+    """A commit is told by its index block, and follows from its chunk's objects, if these are whole."""
+    if indexed is not None:
+        told = indexed.commit(index)
+        return Fault(problem, "writes it from the index", lambda: restore_commit(dataset.store, told))
     try:
         commit = describe_stored(dataset.store, dataset.manifest, index)
     except PenstockError:

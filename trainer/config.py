@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from penstock.common.errors import ConfigError, DamagedObject, UserError
@@ -13,11 +15,10 @@ from penstock.store.heads import CHECKPOINTS_KEPT
 from penstock.store.layout import FORMAT_VERSION, config_key
 from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
-from penstock.store.order import ReadingOrder, batch_bounds
+from penstock.store.order import ReadingOrder
 from penstock.store.retention import Reader, register_reader
 from penstock.trainer.initial import InitialWeights, pin_initial, store_initial
-from penstock.trainer.sae import AnySettings
-from penstock.trainer.sae.base import LOSS_CONVENTION
+from penstock.trainer.kinds import LOSS_CONVENTION, AnySettings
 
 
 class RunSettings(Settings):
@@ -112,11 +113,19 @@ class RunConfig(Settings):
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        batch_rows = self.settings.batch_rows
-        return sum(len(batch_bounds(self.window_rows(number), batch_rows)) for number in self.windows)
+        return int((-(-self._rows_of_windows() // self.settings.batch_rows)).sum())
 
     def total_rows(self) -> int:
-        return sum(self.window_rows(number) for number in self.windows)
+        return int(self._rows_of_windows().sum())
+
+    def _rows_of_windows(self) -> npt.NDArray[np.int64]:
+        """[windows] `window_rows` of all windows, at once: there may be very many."""
+        order, rows = self.order, np.array(self.dataset.rows, np.int64)
+        starts = np.arange(0, order.n_chunks, order.window_chunks)
+        if not len(starts):
+            return np.zeros(0, np.int64)
+        epochs = [np.add.reduceat(rows[order.epoch_chunks(e)], starts) for e in range(order.epochs)]
+        return np.concatenate(epochs)[self.windows.start :]
 
 
 def chunks_needed(settings: RunSettings, n_chunks: int) -> int:

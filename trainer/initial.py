@@ -8,17 +8,20 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.common.errors import ConfigError, DamagedObject, DataError, UserError
 from penstock.common.settings import Settings
 from penstock.store.layout import initial_copy_key, initial_key
 from penstock.store.objects import ObjectStore
 from penstock.store.verify import Fault
-from penstock.trainer.exchange.read import Source, assemble, read_saelens
-from penstock.trainer.exchange.saelens import CONFIG, WEIGHTS
-from penstock.trainer.sae import SAE
-from penstock.trainer.sae.base import SAESettings
+from penstock.trainer.exchange.names import CONFIG, WEIGHTS
+from penstock.trainer.kinds import SAESettings
+
+if TYPE_CHECKING:
+    # what is read with torch is imported where it is used: most runs start from nothing
+    from penstock.trainer.exchange.read import Source
+    from penstock.trainer.sae import SAE
 
 
 class InitialWeights(Settings):
@@ -69,14 +72,18 @@ def _pin(settings: SAESettings, d_in: int) -> InitialWeights:
     return pinned
 
 
-def _read(settings: SAESettings) -> Source:
+def _read(settings: SAESettings) -> "Source":
+    from penstock.trainer.exchange.read import read_saelens
+
     try:
         return read_saelens(settings.init_from or "")
     except UserError as error:
         raise ConfigError(f"saes: {settings.name}: init_from: {error}") from error
 
 
-def _make_start(settings: SAESettings, d_in: int, source: Source) -> SAE:
+def _make_start(settings: SAESettings, d_in: int, source: "Source") -> "SAE":
+    from penstock.trainer.exchange.read import assemble
+
     where = f"saes: {settings.name}: init_from"
     try:
         sae = assemble(source.fields, source.weights, str(settings.init_from))
@@ -131,13 +138,15 @@ def starting_points(
     widths: dict[str, int],
     initial: dict[str, InitialWeights],
     files: dict[str, bytes],
-) -> dict[str, SAE]:
+) -> "dict[str, SAE]":
     """SAE name -> module that it starts from: takes raw rows; rows of its W_dec have unit norm.
 
     Args:
         widths: d_in of each hook point.
         files: as `load_initial` gives them.
     """
+    from penstock.trainer.exchange.read import Source
+
     made = {}
     for settings in saes:
         if pin := initial.get(settings.name):

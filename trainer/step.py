@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from penstock.common.permutation import derive_key
+from penstock.trainer.kinds import SAESettings
 from penstock.trainer.sae import build
-from penstock.trainer.sae.base import SAE, SAESettings, Schedule
+from penstock.trainer.sae.base import SAE, Schedule
 
 Figures = dict[str, float]
 

@@ -12,7 +12,7 @@ from penstock.store.objects import ObjectStore, open_store
 from penstock.trainer.config import RunConfig, load_run_config, run_ids
 from penstock.trainer.lineage import load_checkpoint, load_history
 
-COMPARED = ("activations.zarr/", "commits/", "manifest.")
+COMPARED = ("activations.zarr/", "commits/", "index/", "manifest.")
 """What of a dataset must be the same. Provenance and readers say who was at it, and when."""
 
 

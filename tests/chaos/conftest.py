@@ -22,7 +22,7 @@ def scenario_facts(tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedSer
     """What `Scenario` comes to when one worker in this process reads its finished dataset."""
 
     scenario = Scenario(tmp_path_factory.mktemp("undisturbed"), valkey.url)
-    write_dataset(Path(scenario.config.dataset.url), light_plan(scenario.config.dataset))
+    write_dataset(Path(scenario.config.dataset.url), light_plan(scenario.config.dataset), indexed=True)
     scenario.submit()
     threads = torch.get_num_threads()
     try:

@@ -16,7 +16,7 @@ from penstock.store.objects import open_store
 from penstock.trainer.config import RunConfig, submit_run
 from penstock.trainer.lineage import take_over
 from services.runs import run_settings
-from services.synthetic import SyntheticSource, make_manifest, write_dataset
+from services.synthetic import SyntheticSource, index_dataset, make_manifest, write_dataset
 
 MANIFEST = make_manifest([chunk_rows(index) for index in range(8)])
 WINDOWS = range(6)
@@ -50,7 +50,7 @@ def train(
 
 
 def experiment(directory: Path) -> Path:
-    write_dataset(directory / "dataset", MANIFEST)
+    write_dataset(directory / "dataset", MANIFEST, indexed=True)
     return directory
 
 
@@ -159,10 +159,12 @@ def test_a_wrong_chunk_with_a_right_commit_is_found(reference: Facts, tmp_path: 
         if index == 4:
             chunk.tokens[0] += 1
         writer.write(index, chunk)
+    index_dataset(writer)
     writer.close()
     train(tmp_path)
     found = verdict(reference, tmp_path)
-    assert found.dataset == ["activations.zarr/tokens/c/4 differs", "commits/0/4.json differs"]
+    differing = ["activations.zarr/tokens/c/4", "commits/0/4.json", "index/0.safetensors"]
+    assert found.dataset == [f"{key} differs" for key in differing]
     assert not found.faults
 
 
@@ -177,6 +179,7 @@ def test_who_made_a_chunk_makes_no_difference(reference: Facts, tmp_path: Path) 
     writer = DatasetWriter(store, MANIFEST)
     for index in range(MANIFEST.n_chunks):
         writer.write(index, SyntheticSource(MANIFEST).chunk(index), f"producer-{index}")
+    index_dataset(writer)
     writer.close()
     train(tmp_path)
     assert sum(1 for _ in store.list("provenance/")) == 16

@@ -72,7 +72,7 @@ def test_a_trainer_on_a_full_disk(
     filler = small_disk / "filler"
     with Scenario(tmp_path, valkey.url, small_disk) as scenario:
         dataset = scenario.config.dataset
-        write_dataset(Path(dataset.url), light_plan(dataset))
+        write_dataset(Path(dataset.url), light_plan(dataset), indexed=True)
         scenario.submit()
         full = scenario.start("train", "--drain", fill={"key": key, "nth": nth, "file": str(filler)})
         assert_full(full, small_disk)

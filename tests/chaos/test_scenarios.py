@@ -31,7 +31,7 @@ def planned(scenario: Scenario, producer: Worker) -> list[str]:
 
 def make_everything(scenario: Scenario) -> None:
     """Write the whole dataset, here."""
-    write_dataset(Path(scenario.config.dataset.url), light_plan(scenario.config.dataset))
+    write_dataset(Path(scenario.config.dataset.url), light_plan(scenario.config.dataset), indexed=True)
 
 
 # Redis forgets

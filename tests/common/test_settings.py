@@ -9,8 +9,7 @@ import yaml
 
 from penstock.common.errors import ConfigError
 from penstock.deploy.config import Config, load_config
-from penstock.trainer.sae.standard import StandardSettings
-from penstock.trainer.sae.topk import TopKSettings
+from penstock.trainer.kinds import StandardSettings, TopKSettings
 
 TOPK: dict[str, Any] = {
     "name": "topk",

@@ -109,6 +109,14 @@ class ObjectStoreContract(ABC):
         assert sorted(store.list("commits/1/")) == sorted(below.items())
         assert list(store.list("nothing/")) == []
 
+    def test_folders_are_the_names_below_a_prefix(self, store: ObjectStore) -> None:
+        for key in ("commits/1/1.json", "commits/12/3/4.json", "commits/plain.json", "other/2/5.json"):
+            store.create(key, b"")
+        assert store.folders("commits/") == {"1", "12"}
+        assert store.folders("") == {"commits", "other"}
+        assert store.folders("nothing/") == set()
+        assert ObjectStore.folders(store, "commits/") == {"1", "12"}, "what backends do by default"
+
     def test_delete_is_idempotent(self, store: ObjectStore) -> None:
         store.create(KEY, b"x")
         store.delete(KEY)

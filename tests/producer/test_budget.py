@@ -206,7 +206,7 @@ class FullDisk(LocalStore):
 
 @pytest.mark.parametrize("room", [0, 1, 4, 5, 6, 20])
 def test_a_full_disk_ends_the_producer_and_nothing_is_lost(client: Client, tmp_path: Path, room: int) -> None:
-    expected = tree_digests(Path(write_dataset(tmp_path / "expected").url), ("provenance",))
+    expected = tree_digests(Path(write_dataset(tmp_path / "expected", indexed=True).url), ("provenance",))
     url = tmp_path / "dataset"
     write_dataset(url, indices=[])
     store = FullDisk(str(url), 1000)

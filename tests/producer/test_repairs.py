@@ -15,7 +15,7 @@ from penstock.producer import sink as sink_module
 from penstock.producer.work import Task, Work
 from penstock.store.arrays import BFLOAT16
 from penstock.store.dataset import Chunk, Dataset
-from penstock.store.layout import ARRAYS, commit_key
+from penstock.store.layout import ARRAYS, commit_key, index_key
 from penstock.store.manifest import Manifest
 from penstock.store.queue import ChunkQueue
 from penstock.store.retention import Reader, register_reader
@@ -51,7 +51,7 @@ def lose(dataset: Dataset, index: int) -> str:
 
 
 def finished(directory: Path) -> tuple[Dataset, dict[str, str]]:
-    dataset = write_dataset(directory)
+    dataset = write_dataset(directory, indexed=True)
     return dataset, tree_digests(directory, WORKERS_OWN)
 
 
@@ -118,6 +118,7 @@ def test_a_chunk_that_nobody_needs_any_more_is_not_mended(client: Client, tmp_pa
 def test_a_chunk_that_was_never_committed_is_written(client: Client, tmp_path: Path) -> None:
     dataset, before = finished(tmp_path)
     dataset.store.delete(commit_key(3))
+    dataset.store.delete(index_key(0))
     producer = Producer(client, fresh_prefix(), tmp_path, "p")
     producer.repairs.ask(3)
     producer.run()

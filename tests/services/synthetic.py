@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from penstock.common.permutation import permutation
 from penstock.store.arrays import BFLOAT16, dataset_arrays
+from penstock.store.commits import list_commits
 from penstock.store.dataset import Chunk, Dataset, DatasetWriter, arranged
+from penstock.store.index import index_block
 from penstock.store.layout import FORMAT_VERSION
 from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
 from penstock.store.objects import open_store
@@ -102,14 +104,29 @@ def laid_out(manifest: Manifest, index: int, chunk: Chunk) -> dict[str, npt.NDAr
 
 
 def write_dataset(
-    directory: Path | str, manifest: Manifest | None = None, indices: Iterable[int] | None = None
+    directory: Path | str,
+    manifest: Manifest | None = None,
+    indices: Iterable[int] | None = None,
+    indexed: bool = False,
 ) -> Dataset:
-    """Write chunks of a synthetic dataset (all of them by default) and open it."""
+    """Write chunks of a synthetic dataset (all of them by default) and open it.
+
+    Args:
+        indexed: leave it as finished producers do, with index blocks.
+    """
     manifest = manifest or make_manifest()
     store = open_store(str(directory))
     writer = DatasetWriter(store, manifest)
     source = SyntheticSource(manifest)
     for index in range(manifest.n_chunks) if indices is None else indices:
         writer.write(index, source.chunk(index))
+    if indexed:
+        index_dataset(writer)
     writer.close()
     return Dataset(store, manifest)
+
+
+def index_dataset(writer: DatasetWriter) -> None:
+    """Write the index blocks that are due."""
+    for block in list_commits(writer.store, writer.manifest.n_chunks).unindexed:
+        index_block(writer.store, writer.manifest, block, writer.pool)

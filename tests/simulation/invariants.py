@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from penstock.store.arrays import BFLOAT16
 from penstock.store.manifest import Manifest
@@ -54,11 +55,10 @@ class Invariants:
         self._configs[config.settings.name] = config
 
     def everything_is_done(self, names: set[str]) -> bool:
-        """Whether the dataset is complete and these runs have ended."""
-        committed = (
-            f"{DATASET}commits/0/{i}.json" in self._s3.objects for i in range(self._manifest.n_chunks)
-        )
-        return all(self._ended(self._configs[name].run_id) for name in sorted(names)) and all(committed)
+        """Whether the dataset is complete and indexed, and these runs have ended."""
+        wanted = [f"{DATASET}commits/0/{i}.json" for i in range(self._manifest.n_chunks)]
+        made = all(key in self._s3.objects for key in [*wanted, f"{DATASET}index/0.safetensors"])
+        return made and all(self._ended(self._configs[name].run_id) for name in sorted(names))
 
     # At every change
 
@@ -84,6 +84,8 @@ class Invariants:
             raise Broken(f"{process} changed {key}")
         if key.startswith(f"{DATASET}commits/"):
             self._committed(json.loads(new))
+        elif key.startswith(f"{DATASET}index/"):
+            self._indexed(old, new)
         elif "/heads/" in key and key.endswith(".json"):
             self._head_made(key, json.loads(new))
         if "/activations.zarr/tokens/c/" in key:
@@ -101,6 +103,26 @@ class Invariants:
             if path.startswith("acts/"):
                 values = np.frombuffer(found.data[:-4], BFLOAT16).reshape(-1, D_IN).astype(int)
                 self._rows[commit["index"]] = values[: commit["rows"]].tolist()
+
+    def _indexed(self, old: bytes | None, new: bytes) -> None:
+        """An index block says what the commits of all chunks say, and never changes."""
+        if old not in (None, new):
+            raise Broken("an index block was changed")
+        found = safetensors.numpy.load(new)
+        for place in range(self._manifest.n_chunks):
+            stored = self._s3.objects.get(f"{DATASET}commits/0/{place}.json")
+            if stored is None:
+                raise Broken(f"chunk {place} is indexed and not committed")
+            commit = json.loads(stored.data)
+            told = {"rows": commit["rows"]}
+            for kind, of in (("objects", ("size", "crc32c")), ("moments", commit["moments"][HOOK])):
+                told |= {
+                    f"{name}/{path}": described[name]
+                    for path, described in commit[kind].items()
+                    for name in of
+                }
+            if told != {name: column[place] for name, column in found.items()}:
+                raise Broken(f"the index block says something else than the commit of chunk {place}")
 
     def _head_made(self, key: str, head: dict[str, Any]) -> None:
         """Heads are dense, and what a head names is there."""

@@ -3,16 +3,19 @@
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from penstock.store import queue
+from penstock.producer import work
+from penstock.store import index, queue
 from penstock.store.arrays import ArraySpec, encode_payload
-from penstock.store.commits import committed_indices
+from penstock.store.commits import Commit, Committed, committed_indices, find_commit, list_commits
 from penstock.store.dataset import DatasetWriter
 from penstock.store.heads import Head, StoredFile, kept_checkpoints
 from penstock.store.layout import FORMAT_VERSION, checkpoint_prefix, floor_key, head_key
+from penstock.store.objects import ObjectStore
 from penstock.store.retention import Retention, newest_floor
 from penstock.trainer.lineage import Lineage
 
@@ -138,6 +141,25 @@ def collection_by_a_non_owner() -> Any:
     return patch.object(Lineage, "_create", create)
 
 
+def index_of_what_is_not_committed() -> Any:
+    """A block is indexed as soon as its last chunk is committed, the others as they were planned."""
+
+    def listed(store: ObjectStore, n_chunks: int) -> Committed:
+        found = list_commits(store, n_chunks)
+        due = [0] if n_chunks - 1 in found.indices and not found.indexed else []
+        return Committed(found.indices, found.indexed, due)
+
+    def read(store: ObjectStore, index: int) -> Commit:
+        return find_commit(store, index) or replace(
+            next(c for i in range(1000) if (c := find_commit(store, i)) is not None), index=index
+        )
+
+    both = ExitStack()
+    both.enter_context(patch.object(work, "list_commits", listed))
+    both.enter_context(patch.object(index, "read_commit", read))
+    return both
+
+
 BUGS: dict[str, Patch] = {
     function.__name__: function
     for function in (
@@ -149,6 +171,7 @@ BUGS: dict[str, Patch] = {
         budget_in_commits,
         readers_before_the_floor,
         collection_by_a_non_owner,
+        index_of_what_is_not_committed,
     )
 }
 

@@ -204,6 +204,7 @@ class _FileSystem:
         ContinuationToken: str = "",
         StartAfter: str = "",
         MaxKeys: int | None = None,
+        Delimiter: str = "",
     ) -> dict[str, Any]:
         start, after = f"{Bucket}/{Prefix}", f"{Bucket}/{max(ContinuationToken, StartAfter, Prefix)}"
 
@@ -212,6 +213,10 @@ class _FileSystem:
             names = sorted(name for name in objects if name.startswith(start))
             if after != start:
                 names = [name for name in names if name > after]
+            if Delimiter:
+                below = (name.removeprefix(start).split(Delimiter) for name in names)
+                folders = sorted({parts[0] for parts in below if len(parts) > 1})
+                return {"CommonPrefixes": [{"Prefix": f"{Prefix}{name}{Delimiter}"} for name in folders]}
             size = min(MaxKeys or self._memory.page_size, self._memory.page_size)
             page = {
                 "Contents": [

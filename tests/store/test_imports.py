@@ -20,7 +20,9 @@ def imported(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["objects", "dataset", "corpus", "commits", "order", "manifest", "lookup"])
+@pytest.mark.parametrize(
+    "module", ["objects", "dataset", "corpus", "commits", "index", "order", "manifest", "lookup"]
+)
 def test_the_store_is_light(module: str) -> None:
     assert imported(f"import penstock.store.{module}") == []
 
@@ -52,3 +54,9 @@ def test_help_is_instant(arguments: list[str]) -> None:
         f"try:\n    cli({arguments})\nexcept SystemExit as stop:\n    assert stop.code == 0"
     )
     assert imported(code) == []
+
+
+def test_configuration_and_status_want_no_torch() -> None:
+    """It takes seconds and hundreds of megabytes, and looking at things must be cheap."""
+    wanted = imported("import penstock.deploy.config, penstock.deploy.look, penstock.trainer.config")
+    assert wanted == ["redis"]

@@ -1,5 +1,6 @@
 """The queue, on each Redis that we have: leases, feeds without gaps, and Redis losing everything."""
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +216,55 @@ def test_a_redis_that_went_back_in_time_is_put_right(chunks: MakeQueue) -> None:
     a.reconcile(6, {0, 1, 2})
     assert a.claims() == {}
     assert drain(a) == [3, 4, 5]
+
+
+def test_whatever_the_queue_holds_it_ends_as_the_store_says(
+    chunks: MakeQueue, client: Client, prefix: str
+) -> None:
+    """Against the definition: to do is what is planned, not committed and not claimed."""
+    a, draw, n = chunks("a"), random.Random(0), 400
+    todo, claimed, owners = a._todo, a._claimed, a._owners
+    for _ in range(40):
+        client.delete(todo, claimed, owners)
+        density = draw.choice([0.0, 0.01, 0.5, 0.99, 1.0])
+        for index in range(n + 50):
+            if draw.random() < 0.02:
+                client.zadd(claimed, {str(index): 1e15 + draw.random()})
+                client.hset(owners, str(index), "b")
+            elif draw.random() < density:
+                client.zadd(todo, {str(index): index})
+        held = {int(index) for index in client.zrange(claimed, 0, -1)}
+        missing = {index for index in range(n) if draw.random() < draw.choice([0.02, 0.5, 1.0])}
+        a.reconcile(n, set(range(n)) - missing | {n, n + 3})
+        assert client.zrange(todo, 0, -1, withscores=True) == [(str(i), i) for i in sorted(missing - held)]
+        assert a.claims().keys() == missing & held
+        assert {int(index) for index in client.zrange(claimed, 0, -1)} == missing & held
+
+
+def test_a_queue_that_is_right_costs_little_however_long_it_is(chunks: MakeQueue, client: Client) -> None:
+    def calls() -> int:
+        stats = client.info("commandstats")
+        return sum(s["calls"] for name, s in stats.items() if name.startswith(("cmdstat_z", "cmdstat_h")))
+
+    a, n = chunks("a"), 50_000
+    committed = set(range(1000)) | {7000, 30_000}
+    a.reconcile(n, committed)
+    assert [a.claim(ALL) for _ in range(3)] == [1000, 1001, 1002]
+    before = calls()
+    a.reconcile(n, committed)
+    assert calls() - before < 20
+    a.done(1000)  # committed since the listing
+    before = calls()
+    a.reconcile(n, committed)
+    assert calls() - before < 200
+
+
+def test_one_producer_at_a_time_indexes(chunks: MakeQueue) -> None:
+    a, b = chunks("a", SHORT), chunks("b")
+    assert a.lease_index()
+    assert not b.lease_index()
+    assert until(b.lease_index, bool)[-1]
+    assert not a.lease_index()
 
 
 def test_datasets_do_not_meet(chunks: MakeQueue) -> None:

@@ -13,6 +13,7 @@ from penstock.store.layout import ARRAYS, config_key, floor_key, head_key, reade
 from penstock.store.objects import ObjectStore
 from penstock.store.retention import (
     Reader,
+    Retention,
     budget_chunks,
     check_quota,
     delete_chunk,
@@ -23,6 +24,7 @@ from penstock.store.retention import (
     readers,
     register_reader,
 )
+from services.counting import CountingStore
 from services.synthetic import make_manifest, write_dataset
 from services.windows import BUDGET, CHUNKS, MANIFEST, ROWS, Window, all_from
 
@@ -98,6 +100,24 @@ class TestFloor:
             assert deleter.floor == newest_floor(window.store)[1] == floor, (run, position)
             assert window.stored() == all_from(floor)
         assert window.floors() == [2, 3, 4, 5]
+
+    def test_it_costs_the_same_however_many_came_before(self, window: Window) -> None:
+        store = CountingStore(window.store)
+        deleter = Retention(store, MANIFEST, BUDGET)
+        window.submit("a")
+        window.train("a", 1, 2)
+        deleter.advance()
+        costs = set()
+        for position in range(3, CHUNKS):
+            window.train("a", position)
+            store.take()
+            deleter.advance()
+            assert deleter.is_needed(position)
+            asked = store.take()
+            assert ("list", "floor/") not in asked
+            costs.add(len([key for _, key in asked if key.startswith(("floor/", "readers/"))]))
+        assert deleter.floor == CHUNKS - 2
+        assert len(costs) == 1
 
     def test_objects_go_and_commits_stay(self, window: Window) -> None:
         window.submit("a")

@@ -7,10 +7,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from penstock.trainer.kinds import SAESettings, StandardSettings, TopKSettings
 from penstock.trainer.sae import build
-from penstock.trainer.sae.base import SAE, SAESettings, Schedule
-from penstock.trainer.sae.standard import StandardSAE, StandardSettings
-from penstock.trainer.sae.topk import TopKSAE, TopKSettings
+from penstock.trainer.sae.base import SAE, Schedule
+from penstock.trainer.sae.standard import StandardSAE
+from penstock.trainer.sae.topk import TopKSAE
 
 START = Schedule(0, 100)
 D, S, B = 6, 20, 9

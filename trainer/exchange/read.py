@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.common.errors import UserError, nearest
 from penstock.common.settings import Settings, load_yaml, one_line, parse
-from penstock.trainer.exchange.saelens import CONFIG, WEIGHTS
+from penstock.trainer.exchange.names import CONFIG, WEIGHTS
 from penstock.trainer.sae import FROM_SAELENS, SAE, AnySettings, build
 from penstock.trainer.sae.foreign import Foreign
 

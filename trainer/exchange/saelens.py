@@ -8,12 +8,12 @@ import json
 
 import safetensors.torch
 
+from penstock.trainer.exchange.names import CONFIG, WEIGHTS
 from penstock.trainer.exchange.origin import Origin
 from penstock.trainer.sae import SAE
 
 VERSION = "6.54.0"
 """The version of SAELens whose format this is."""
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
 def files(sae: SAE, origin: Origin) -> dict[str, bytes]:

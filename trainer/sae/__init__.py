@@ -1,14 +1,10 @@
-"""The kinds of sparse autoencoders. A new kind is one module and one line here."""
+"""The kinds of sparse autoencoders. A new kind is its settings in `trainer/kinds.py`, one module, and
+the line that builds it here."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from penstock.trainer.sae.base import SAE, SAESettings
-from penstock.trainer.sae.standard import StandardSAE, StandardSettings
-from penstock.trainer.sae.topk import TopKSAE, TopKSettings
-
-AnySettings = Annotated[StandardSettings | TopKSettings, Field(discriminator="architecture")]
+from penstock.trainer.kinds import AnySettings, SAESettings, StandardSettings, TopKSettings
+from penstock.trainer.sae.base import SAE
+from penstock.trainer.sae.standard import StandardSAE
+from penstock.trainer.sae.topk import TopKSAE
 
 FROM_SAELENS: dict[str, type[SAE]] = {"standard": StandardSAE, "topk": TopKSAE}
 """SAELens architecture -> the kind that it becomes here."""

@@ -11,41 +11,13 @@ rows (the convention `sum-over-dims`, recorded with every run).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from penstock.common.settings import Settings
+from penstock.trainer.kinds import SAESettings
 from penstock.trainer.sae.foreign import Foreign, NoSuchKind
-
-LOSS_CONVENTION = "sum-over-dims: mean_rows(sum_d (x - x_hat)^2) + coefficient * mean_rows(penalty)"
-
-
-class SAESettings(Settings):
-    """Settings that every kind has."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of this SAE within its run: letters, digits, '.', '_' and '-'."""
-    hook_name: str
-    """The hook point it is trained on; the dataset must hold it."""
-    d_sae: int = Field(ge=1)
-    """Number of features (S)."""
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of Adam."""
-    lr_warmup_steps: int = Field(100, ge=0)
-    """Steps over which the learning rate rises from 0."""
-    lr_decay_fraction: float = Field(0.2, ge=0, le=1)
-    """Last part of training over which the learning rate falls linearly to 0."""
-    decoder_bias: Literal["mean", "zero", "none"] = "mean"
-    """b_dec starts at the first window's mean, at zero, or does not exist (stays zero)."""
-    dead_after_rows: int = Field(10_000_000, ge=1)
-    """A feature not active for this many rows counts as dead (OpenAI use 10 million)."""
-    seed: int = 0
-    """Seed of the initial weights."""
-    init_from: str | None = None
-    """Directory of a SAELens dictionary of the same kind and shape to start from; null starts at random."""
 
 
 @dataclass(frozen=True)

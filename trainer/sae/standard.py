@@ -8,25 +8,12 @@ with rows of W_dec of unit norm in the forward pass. The report divides the reco
 and the penalty by S; its α is λ·S/D here.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from penstock.trainer.sae.base import SAE, SAESettings, Schedule, StepResult
+from penstock.trainer.kinds import StandardSettings
+from penstock.trainer.sae.base import SAE, Schedule, StepResult
 from penstock.trainer.sae.foreign import Foreign, by_input, by_output, centred_bias, plain
-
-
-class StandardSettings(SAESettings):
-    """ReLU-L1."""
-
-    architecture: Literal["standard"]
-    """Kind of autoencoder."""
-    l1_coefficient: float = Field(ge=0)
-    """λ, on scaled inputs (mean ‖x‖² = d_in), summed over features."""
-    l1_warmup_steps: int = Field(200, ge=0)
-    """Steps over which λ rises from 0."""
 
 
 class StandardSAE(SAE):

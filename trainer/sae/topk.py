@@ -7,30 +7,17 @@ sparse autoencoders").
 where e = x − x̂ (no gradient) and ê is its reconstruction by the `aux_k` strongest dead features.
 """
 
-from typing import Literal, Self
+from typing import Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from penstock.trainer.sae.base import SAE, SAESettings, Schedule, StepResult
+from penstock.trainer.kinds import TopKSettings
+from penstock.trainer.sae.base import SAE, Schedule, StepResult
 from penstock.trainer.sae.foreign import Foreign, by_input, by_output, plain
 
 SAME_NORM = 1e-5
 """Relative difference in decoder rows' norms that is taken for rounding."""
-
-
-class TopKSettings(SAESettings):
-    """TopK with AuxK."""
-
-    architecture: Literal["topk"]
-    """Kind of autoencoder."""
-    k: int = Field(ge=1)
-    """Features kept per row (L0)."""
-    aux_k: int | None = Field(None, ge=1)
-    """Dead features that reconstruct the error; null means d_in / 2."""
-    aux_coefficient: float = Field(1 / 32, ge=0)
-    """Weight of the auxiliary loss."""
 
 
 class TopKSAE(SAE):
