@@ -80,7 +80,7 @@ def test_a_backend_that_looks_and_then_writes_is_refused(
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """A dataset on a plain web server; its URL."""
-    write_dataset(tmp_path / "dataset")
+    write_dataset(tmp_path / "dataset", indexed=True)
     handler = functools.partial(QuietHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
