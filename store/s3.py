@@ -71,8 +71,8 @@ class S3Store(ObjectStore):
                 "connect_timeout": _CONNECT_TIMEOUT,
                 "read_timeout": _READ_TIMEOUT,
                 "retries": {"total_max_attempts": 1},
-                # The defaults cost a quarter of an upload's speed, and over TLS send chunks with trailers, which
-                # servers of a few years ago do not understand.
+                # The defaults cost a quarter of an upload's speed, and over TLS they send chunks with
+                # trailers, which servers of a few years ago refuse.
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
                 "s3": {"payload_signing_enabled": False},
