@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from contracts.objects import ObjectStoreContract
+from contracts.objects import SharedStoreContract
 from penstock.common.errors import Unavailable
 from penstock.store.objects import ObjectStore
 from penstock.store.s3 import S3Store
@@ -25,7 +25,7 @@ def store(ceph: CephGateway, clean_aws: pytest.MonkeyPatch) -> S3Store:
     return S3Store(f"s3://{ceph.make_bucket()}/some/prefix")
 
 
-class TestCephStore(ObjectStoreContract):
+class TestCephStore(SharedStoreContract):
     @pytest.fixture(autouse=True)
     def _server(self, ceph: CephGateway) -> None:
         self.ceph = ceph

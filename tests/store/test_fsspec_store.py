@@ -36,8 +36,7 @@ class TestMemoryStore(ObjectStoreContract):
         ].getvalue()
         return found
 
-    def test_a_race_of_processes_has_one_winner_and_its_bytes(self, store: ObjectStore) -> None:
-        """There is no second process here: four stores of their own instead."""
+    def test_a_race_of_separate_stores_has_one_winner_and_its_bytes(self, store: ObjectStore) -> None:
         clients = [FsspecStore(store.url) for _ in range(4)]
         start = threading.Barrier(len(clients))
 

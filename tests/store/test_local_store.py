@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from contracts.objects import ObjectStoreContract
+from contracts.objects import SharedStoreContract
 from penstock.common.errors import StoreError
 from penstock.store.local import LocalStore
 from penstock.store.objects import ObjectStore, open_store
@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(str(tmp_path / "store"))
 
 
-class TestLocalStore(ObjectStoreContract):
+class TestLocalStore(SharedStoreContract):
     def read_raw(self, store: ObjectStore, key: str) -> bytes:
         return (Path(store.url) / key).read_bytes()
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import google_crc32c
 import pytest
 
-from contracts.objects import ObjectStoreContract
+from contracts.objects import SharedStoreContract
 from penstock.common.errors import ObjectMissing, PenstockError, StoreError, Unavailable
 from penstock.common.metrics import REGISTRY
 from penstock.common.retries import ATTEMPTS, LONGEST_PAUSE
@@ -31,7 +31,7 @@ def store(bucket: str) -> S3Store:
     return S3Store(f"s3://{bucket}/some/prefix")
 
 
-class TestS3Store(ObjectStoreContract):
+class TestS3Store(SharedStoreContract):
     @pytest.fixture(autouse=True)
     def _server(self, moto: MotoServer) -> None:
         self.moto = moto
