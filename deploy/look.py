@@ -141,7 +141,9 @@ def _describe_run(url: str) -> Iterator[str]:
 
     runs, run_id = split_run_url(url)
     config = load_run_config(runs, run_id)
-    yield f"  dataset {config.dataset.url}, {config.total_rows():,} rows over {config.settings.epochs} epochs"
+    for pin in config.datasets:
+        yield f"  dataset {pin.url}, {sum(pin.rows):,} rows"
+    yield f"  {config.total_rows():,} rows over {config.settings.epochs} epochs"
     head = newest_head(runs, run_id)
     for link in reversed(chain(runs, run_id, head)):
         reason = f", {link.reason}" if link.reason else ""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from penstock.common import metrics
 from penstock.common.errors import DamagedObject, DataError, ObjectMissing, UserError
-from penstock.store.dataset import Chunk, Dataset
+from penstock.store.dataset import Chunk
+from penstock.store.joined import JoinedDataset
 from penstock.store.order import ReadingOrder, Window, batch_bounds
 
 READ_THREADS = 4
@@ -29,7 +30,7 @@ READ_THREADS = 4
 class LoadedWindow:
     """A window's rows in position order: per hook [n_rows, d_in] bfloat16, on the CPU.
 
-    `chunks` are the indices of the chunks that they come from.
+    `chunks` are the numbers of the chunks that they come from.
     """
 
     window: Window
@@ -80,6 +81,14 @@ class ChunkSupply(Protocol):
         ...
 
 
+class ChunkReader(Protocol):
+    """What a reader needs of a dataset, or of several read as one."""
+
+    def d_in(self, hook_name: str) -> int: ...
+    def read_chunk(self, chunk: int, /, hooks: Sequence[str] | None = None) -> Chunk: ...
+    def quarantined(self) -> set[int]: ...
+
+
 class AsStored:
     """A supply for datasets that nobody writes or mends: what cannot be read is an error."""
 
@@ -94,7 +103,7 @@ class WindowReader:
     """Reads the chunks of windows, checked, and lays their rows out."""
 
     def __init__(
-        self, dataset: Dataset, hooks: Sequence[str], order: ReadingOrder, supply: ChunkSupply
+        self, dataset: ChunkReader, hooks: Sequence[str], order: ReadingOrder, supply: ChunkSupply
     ) -> None:
         self.order = order
         self.supply = supply
@@ -105,7 +114,7 @@ class WindowReader:
         """Chunks to be left out, asked once per window."""
         return self._dataset.quarantined()
 
-    def read(self, index: int) -> Chunk | None:
+    def read(self, chunk: int) -> Chunk | None:
         """A chunk, mended if need be; None if it is quarantined.
 
         Raises:
@@ -113,11 +122,11 @@ class WindowReader:
         """
         while True:
             try:
-                return self._try(index)
+                return self._try(chunk)
             except DataError as error:
-                if index in self._dataset.quarantined():
+                if chunk in self._dataset.quarantined():
                     return None
-                self.supply.mend(index, error)
+                self.supply.mend(chunk, error)
 
     def lay_out(self, window: Window, chunks: Iterable[Chunk | None]) -> LoadedWindow:
         """The window's rows in position order."""
@@ -127,18 +136,18 @@ class WindowReader:
         order = torch.from_numpy(self.order.row_order(window, n_rows))
         return LoadedWindow(window, tuple(chunk.index for chunk in there), acts, n_rows, order)
 
-    def _try(self, index: int) -> Chunk:
+    def _try(self, chunk: int) -> Chunk:
         with metrics.chunk_read_seconds.time():
             try:
-                return self._dataset.read_chunk(index, self._hooks)
+                return self._dataset.read_chunk(chunk, self._hooks)
             except (DamagedObject, ObjectMissing):
                 metrics.chunk_corrupt.inc()
                 # once more: the fault may lie in the transfer and not in what is stored
-                return self._dataset.read_chunk(index, self._hooks)
+                return self._dataset.read_chunk(chunk, self._hooks)
 
     def _concatenate(self, hook: str, chunks: Sequence[Chunk]) -> Tensor:
         rows = sum(chunk.rows for chunk in chunks)
-        out = torch.empty((rows, self._dataset.manifest.d_in(hook)), dtype=torch.bfloat16)
+        out = torch.empty((rows, self._dataset.d_in(hook)), dtype=torch.bfloat16)
         plain = out.view(torch.int16).numpy()
         at = 0
         for chunk in chunks:
@@ -235,7 +244,7 @@ class Batches:
 
 
 def dataset_batches(
-    dataset: Dataset,
+    dataset: JoinedDataset,
     hooks: Sequence[str],
     batch_rows: int,
     window_chunks: int,
@@ -244,10 +253,10 @@ def dataset_batches(
 ) -> Batches:
     """See `Dataset.batches`."""
     for hook in hooks:
-        dataset.manifest.d_in(hook)
-    if dataset.manifest.retention == "window":
+        dataset.d_in(hook)
+    if dataset.keeps_window:
         raise UserError(f"{dataset.url} keeps only a window of its chunks: read it with a run")
-    order = ReadingOrder(dataset.n_chunks, epochs, window_chunks, seed)
+    order = ReadingOrder(dataset.sizes, epochs, window_chunks, seed)
 
     def start() -> WindowLoader:
         return WindowLoader(WindowReader(dataset, hooks, order, AsStored()), 0)

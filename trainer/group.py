@@ -24,13 +24,12 @@ class Group:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.position = config.dataset.start
+        self.position = config.start
         self.step = self.rows = 0
         self.total_steps = config.total_steps()
         self.figures: dict[str, Figures] = {}
         self.members = {
-            sae.name: SAETraining(config.dataset.widths[sae.hook_name], sae, device)
-            for sae in config.settings.saes
+            sae.name: SAETraining(config.widths[sae.hook_name], sae, device) for sae in config.settings.saes
         }
 
     def restore(self, head: Head, files: dict[str, bytes]) -> None:

@@ -20,7 +20,8 @@ from penstock.producer.loop import produce
 from penstock.producer.sink import Sink
 from penstock.producer.work import Work
 from penstock.store.arrays import dataset_arrays, zarr_metadata
-from penstock.store.dataset import DatasetWriter, open_dataset
+from penstock.store.dataset import DatasetWriter
+from penstock.store.joined import open_datasets
 from penstock.store.layout import acts_array, chunk_key
 from penstock.store.objects import open_store
 from penstock.store.queue import ChunkQueue, Presence
@@ -150,8 +151,8 @@ class Experiment:
             self._turns(self.world.random.randrange(2000))
         while not stop.is_set() and process.name not in self._over:
             try:
-                dataset = open_dataset(DATASET)
-                config, _ = submit_run(open_store(RUNS), dataset, settings, self.plan.budget)
+                data = open_datasets([DATASET])
+                config, _ = submit_run(open_store(RUNS), data, settings, self.plan.budget)
                 self.invariants.submitted(config)
                 self._submitted.add(settings.name)
                 self._over |= {process.name, f"submit-{number}"}

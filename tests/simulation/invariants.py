@@ -165,8 +165,10 @@ class Invariants:
         self._check_checkpoint(run, head)
         seen = json.loads(self._s3.objects[f"{run}/{head['checkpoint']['sae/tiny']['key']}"].data)
         settings = config.settings
-        order = ReadingOrder(self._manifest.n_chunks, settings.epochs, settings.window_chunks, settings.seed)
-        wanted = expected_rows(self._manifest, order, config.dataset.start, self._rows)
+        order = ReadingOrder(
+            (self._manifest.n_chunks,), settings.epochs, settings.window_chunks, settings.seed
+        )
+        wanted = expected_rows(self._manifest, order, config.start, self._rows)
         if sorted(seen) != sorted(wanted):
             raise Broken(f"{config.run_id} saw {len(seen)} rows, not the {len(wanted)} it had to, each once")
         if digest(seen) != digest(wanted):

@@ -87,7 +87,7 @@ class TinyGroup:
         self._seconds = seconds
         self.config = config
         self.device = device
-        self.position = config.dataset.start
+        self.position = config.start
         self.step = self.rows = 0
         self.figures: dict[str, dict[str, float]] = {}
         self.seen: list[Row] = []

@@ -26,6 +26,7 @@ def manifest(**changes: Any) -> Manifest:
         corpus=CorpusPin(
             digest="c0",
             description="text",
+            first_sequence=0,
             n_sequences=6,
             context=8,
             tokenizer_sha256="aa",

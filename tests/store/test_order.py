@@ -80,7 +80,7 @@ def test_batches_are_golden() -> None:
 
 
 def test_epochs_are_golden() -> None:
-    order = ReadingOrder(n_chunks=10, epochs=3, window_chunks=4, seed=7)
+    order = ReadingOrder(sizes=(10,), epochs=3, window_chunks=4, seed=7)
     assert chunks(order) == [
         *[0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
         *[4, 8, 9, 0, 6, 5, 1, 7, 3, 2],
@@ -89,14 +89,14 @@ def test_epochs_are_golden() -> None:
 
 
 def test_the_order_depends_on_the_seed_and_not_on_the_window() -> None:
-    first = chunks(ReadingOrder(30, 2, 4, seed=0))
-    assert chunks(ReadingOrder(30, 2, 7, seed=0)) == first
-    assert chunks(ReadingOrder(30, 2, 4, seed=1)) != first
-    assert chunks(ReadingOrder(30, 3, 4, seed=0))[:60] == first, "more epochs only go on"
+    first = chunks(ReadingOrder((30,), 2, 4, seed=0))
+    assert chunks(ReadingOrder((30,), 2, 7, seed=0)) == first
+    assert chunks(ReadingOrder((30,), 2, 4, seed=1)) != first
+    assert chunks(ReadingOrder((30,), 3, 4, seed=0))[:60] == first, "more epochs only go on"
 
 
 def test_rows_are_permuted_anew_in_each_window() -> None:
-    order = ReadingOrder(n_chunks=10, epochs=2, window_chunks=4, seed=7)
+    order = ReadingOrder(sizes=(10,), epochs=2, window_chunks=4, seed=7)
     permuted = [order.row_order(order.window(number), 50) for number in range(order.n_windows)]
     for number, rows in enumerate(permuted):
         assert np.array_equal(np.sort(rows), np.arange(50))

@@ -14,6 +14,7 @@ from redis.retry import Retry
 from penstock.common.errors import DamagedObject, Detached, ObjectMissing
 from penstock.common.redis import Client
 from penstock.store.dataset import Chunk, Dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.layout import ARRAYS, commit_key
 from penstock.store.queue import ChunkQueue, Presence, repairs_wanted
 from penstock.store.retention import detach_reader
@@ -40,7 +41,11 @@ class Patient:
         )
         self.producer = Presence(client, prefix, "producer")
         self.mender = Mender(
-            self.dataset, "run-1", self.repairs, Presence(client, prefix, "trainer"), self.stop
+            JoinedDataset([self.dataset]),
+            "run-1",
+            [self.repairs],
+            Presence(client, prefix, "trainer"),
+            self.stop,
         )
         self.error = ObjectMissing("chunk 2 is gone")
 
@@ -134,7 +139,9 @@ class TestMender:
             unix_socket_path=str(tmp_path / "none.sock"), protocol=2, retry=Retry(NoBackoff(), 0)
         )
         queue = ChunkQueue(gone, "p", "u", "d", "trainer", 20, repairs=True)
-        mender = Mender(patient.dataset, "run-1", queue, Presence(gone, "p", "trainer"), patient.stop)
+        mender = Mender(
+            JoinedDataset([patient.dataset]), "run-1", [queue], Presence(gone, "p", "trainer"), patient.stop
+        )
         monkeypatch.setattr(mending, "ALONE_SECONDS", 0.1)
         with pytest.raises(ObjectMissing, match="no producer is there"):
             mender.mend(2, patient.error)
