@@ -79,7 +79,8 @@ class Supply:
     def is_there(self, position: int, chunk: int) -> bool:
         """Whether the chunk of a position is committed: one look, which may block for a moment."""
         before, self._part = self._part, self._data.part_of(chunk)
-        return self._fed.pop(position, None) == chunk or self._poll(position, chunk, before != self._part)
+        glance = before not in (None, self._part)
+        return self._fed.pop(position, None) == chunk or self._poll(position, chunk, glance)
 
     def mend(self, chunk: int, error: DataError) -> None:
         """See `Mender.mend`."""
