@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from penstock.common.errors import DamagedObject, DataError, ModelError, ObjectMissing
+from penstock.common.errors import DamagedObject, DataError, ModelError, ObjectMissing, UserError
 from penstock.common.permutation import permutation
 from penstock.store.arrays import (
     ArraySpec,
@@ -104,7 +104,10 @@ class Dataset:
         Raises:
             UserError: the dataset does not hold it.
         """
-        return self.manifest.d_in(hook_name)
+        try:
+            return self.manifest.d_in(hook_name)
+        except UserError as error:
+            raise UserError(f"{self.url}: {error}") from error
 
     def committed(self) -> set[int]:
         """Indices of the chunks that a listing shows as committed."""

@@ -110,9 +110,9 @@ def test_where_nothing_is_left_nothing_begins(small_corpus: Corpus, tmp_path: Pa
 def test_more_rows_than_are_left_are_refused(small_corpus: Corpus, tmp_path: Path) -> None:
     whole = begin(small_corpus, tmp_path / "whole").manifest.rows
     first = begin(small_corpus, tmp_path / "first", max_rows=sum(whole[:-1]))
+    more = settings(tmp_path / "x", after=first.url, max_rows=whole[-1] + 1)
     with pytest.raises(ConfigError, match=rf"dataset\.max_rows: .* the corpus has {whole[-1]} left"):
-        changes = {"after": first.url, "max_rows": whole[-1] + 1}
-        plan_dataset(settings(tmp_path / "x", **changes), small_corpus, shipped_model())
+        plan_dataset(more, small_corpus, shipped_model())
 
 
 def test_an_earlier_dataset_may_be_gone_once_the_later_one_has_begun(
