@@ -18,7 +18,7 @@ from penstock.store.joined import JoinedDataset
 from penstock.store.layout import ARRAYS, commit_key
 from penstock.store.objects import open_store
 from penstock.store.order import ReadingOrder
-from penstock.store.queue import Feed, FeedSpec, Presence, register_feed, registered_feeds
+from penstock.store.queue import ChunkQueue, Feed, FeedSpec, Presence, register_feed, registered_feeds
 from penstock.store.retention import readers
 from penstock.trainer import supply as supply_module
 from penstock.trainer.config import load_run_config, open_pinned, resolve_run
@@ -27,8 +27,9 @@ from penstock.trainer.supply import GLANCE_MS, Supply
 from services.producing import CountingSource, Producer, mended_by
 from services.runs import Bench, digests, run_settings
 from services.synthetic import MLP, RESID, make_manifest, write_dataset
-from services.training import Batches, Killed, interrupted, stored_rows
+from services.training import Batches, Killed, interrupted, stored_rows, working
 from services.valkey import fresh_prefix
+from services.waiting import eventually
 
 FIRST = make_manifest([190 + 3 * index for index in range(6)])
 SECOND = make_manifest([200, 205, 190, 210, 199], first_sequence=60)
@@ -152,13 +153,16 @@ class TestTraining:
     ) -> None:
         datasets = parts(tmp_path, None if alone else [], [])
         config = bench.submit_joined(datasets)
-        positions: list[int] = []
+
+        def last_one_waits(index: int) -> None:
+            if index == SECOND.n_chunks - 1:
+                eventually(lambda: bench.position(config) > 0)
+
+        place = (bench.client, bench.redis.prefix)
         producers = [
             Producer(
-                *(bench.client, bench.redis.prefix, dataset.url, f"producer of {dataset.url}"),
-                CountingSource(
-                    dataset.manifest, 0.05, lambda index: positions.append(bench.position(config))
-                ),
+                *(*place, dataset.url, f"producer of {dataset.url}"),
+                CountingSource(dataset.manifest, 0.0, last_one_waits),
                 manifest=dataset.manifest,
             )
             for dataset in datasets[1 if alone else 0 :]
@@ -167,7 +171,6 @@ class TestTraining:
         bench.work()
         for thread in producing:
             thread.join()
-        assert max(positions) > 0, "training did not overlap with producing: the test is void"
         assert digests(bench.head(config)) == undisturbed()
         assert list(bench.client.scan_iter(f"{bench.redis.prefix}:runs:*")) == []
 
@@ -197,6 +200,20 @@ class TestTraining:
             producers[turn].run()
             fed = [chunk for _, chunk in feed.read(0, 1)]
             assert fed == ([] if turn == 0 else list(takewhile(lambda chunk: chunk in NUMBERS, reads)))
+
+    def test_every_datasets_producers_learn_of_the_run_and_of_their_part_in_it(
+        self, bench: Bench, tmp_path: Path
+    ) -> None:
+        datasets = parts(tmp_path, [], [])
+        config = bench.submit_joined(datasets)
+        place = (bench.client, bench.redis.prefix)
+        keys = [ChunkQueue(*place, d.url, d.manifest.digest, "t", 20).feeds_key for d in datasets]
+        with working(bench):
+            eventually(lambda: all(registered_feeds(bench.client, key) for key in keys))
+            feeds = [feed for key in keys for feed in registered_feeds(bench.client, key)]
+        assert [feed.spec.part for feed in feeds] == [0, 1]
+        assert len({feed.spec.key for feed in feeds}) == 1, "one feed, of which both know"
+        assert all(feed.spec.order == config.order for feed in feeds)
 
     def test_another_datasets_chunk_is_not_waited_for(
         self, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
