@@ -489,6 +489,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
 CONTEXT = 5
 CORPUS_PLAN: dict[str, object] = {
     "description": "text",
+    "revision": None,
     "tokenizer_sha256": "aa",
     "special_ids": [0, 1],
     "bos": "prepend",
