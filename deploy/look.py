@@ -129,7 +129,9 @@ def _describe_dataset(url: str) -> Iterator[str]:
             moments = dataset.commit(min(committed)).moments[hook.name]
             line += f", mean norm {moments.mean_norm:.3g}, largest value {moments.max_abs:.3g}"
         yield line
-    yield f"  corpus {manifest.corpus.description}, digest {manifest.corpus.digest[:12]}"
+    corpus = manifest.corpus
+    yield f"  corpus {corpus.description}, digest {corpus.digest[:12]}"
+    yield f"  sequences {corpus.first_sequence} to {corpus.end - 1} of it"
     yield f"  numerics {manifest.numerics.model_dump()}"
     yield f"  digest {manifest.digest}"
 

@@ -665,7 +665,8 @@ REENCODED: list[tuple[str, Callable[[Memory], dict[str, Any]]]] = [
     ("corpus manifest", lambda store: opened_corpus(store).manifest.model_dump(mode="json")),
     ("commit", lambda store: read_commit(store, 0).record()),
     ("newest head", lambda store: read_head(store, the_run(store), 5).record()),
-    ("run config", lambda store: run_config(store).model_dump(mode="json")),
+    # a setting that is not stored has its default: it may be younger than the config
+    ("run config", lambda store: run_config(store).model_dump(mode="json", exclude_unset=True)),
 ]
 
 
