@@ -115,7 +115,7 @@ def _window_tensor(dataset: Dataset) -> Tensor:
 
 def _row_batches(dataset: Dataset, epochs: int, window_rows: int) -> list[Tensor]:
     """The rows of each batch, in the order in which the loader draws them."""
-    order = ReadingOrder(dataset.n_chunks, epochs, WINDOW_CHUNKS, seed=0)
+    order = ReadingOrder(dataset.sizes, epochs, WINDOW_CHUNKS, seed=0)
     batches = []
     for number in range(order.n_windows):
         rows = torch.from_numpy(order.row_order(order.window(number), window_rows))
@@ -151,6 +151,7 @@ def _manifest() -> Manifest:
         corpus=CorpusPin(
             digest="none",
             description="random numbers",
+            first_sequence=0,
             n_sequences=N_CHUNKS * SEQUENCES,
             context=CONTEXT,
             tokenizer_sha256="none",

@@ -1,7 +1,7 @@
 """The configuration file: one YAML file describes corpus, dataset, runs and the processes for them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from penstock.common.settings import Settings, load_yaml, parse
 from penstock.producer.corpus import CorpusSettings
 from penstock.producer.plan import DatasetSettings
 from penstock.trainer.config import RunSettings
+
+S = TypeVar("S", bound=Settings)
 
 
 class TrainerSettings(Settings):
@@ -73,6 +75,15 @@ class Config(Settings):
     def directory(self) -> Path:
         return Path(self.workdir)
 
+    def datasets_of(self, run: RunSettings) -> list[str]:
+        """URLs of the datasets that a run reads as one."""
+        return run.datasets or [self.dataset.url]
+
+    def dataset_urls(self) -> list[str]:
+        """URLs of all datasets, each once: the one that is made here, and those that runs read besides."""
+        read = (url for run in self.runs for url in self.datasets_of(run))
+        return list(dict.fromkeys([self.dataset.url, *read]))
+
 
 def load_config(path: str, workdir: str | None = None) -> Config:
     """Read and resolve a config file.
@@ -95,18 +106,29 @@ def load_config(path: str, workdir: str | None = None) -> Config:
     def resolved(url: str, field: str) -> str:
         return url if "://" in url else str(base / _expanded(url, f"{path}: {field}"))
 
-    return config.model_copy(
-        update={
-            "workdir": str(base),
-            "runs_url": resolved(config.runs_url, "runs_url"),
-            "corpus": _with_url(config.corpus, resolved(config.corpus.url, "corpus.url")),
-            "dataset": _with_url(config.dataset, resolved(config.dataset.url, "dataset.url")),
-        }
+    dataset = _with(
+        config.dataset,
+        url=resolved(config.dataset.url, "dataset.url"),
+        after=[resolved(url, "dataset.after") for url in config.dataset.after],
+    )
+    if dataset.url in dataset.after:
+        raise ConfigError(f"{path}: dataset.after: {dataset.url} is the dataset itself; name an earlier one")
+    runs = [
+        _with(run, datasets=[resolved(url, f"runs.{run.name}.datasets") for url in run.datasets])
+        for run in config.runs
+    ]
+    return _with(
+        config,
+        workdir=str(base),
+        runs_url=resolved(config.runs_url, "runs_url"),
+        corpus=_with(config.corpus, url=resolved(config.corpus.url, "corpus.url")),
+        dataset=dataset,
+        runs=runs,
     )
 
 
-def _with_url(settings: Any, url: str) -> Any:
-    return settings.model_copy(update={"url": url})
+def _with(settings: S, **changes: Any) -> S:
+    return settings.model_copy(update=changes)
 
 
 def _expanded(path: str, field: str) -> Path:

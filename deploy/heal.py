@@ -63,7 +63,7 @@ _FAULTS: dict[str, Callable[[ObjectStore, Callable[[], None]], Iterator[Fault]]]
 
 
 class Repair:
-    """Puts right what is damaged in the corpus, the dataset and the runs of a config.
+    """Puts right what is damaged in the corpus, the datasets and the runs of a config.
 
     Args:
         say: told, line by line, what is done and what could not be.
@@ -78,7 +78,8 @@ class Repair:
     def everything(self) -> None:
         """Corpus first, because chunks are made from it; runs last, because they are trained on chunks."""
         self._heal(self._config.corpus.url, self._repack)
-        self._heal(self._config.dataset.url, self._make_chunks)
+        for url in self._config.dataset_urls():
+            self._heal(url, partial(self._make_chunks, url))
         runs = open_store(self._config.runs_url)
         for run_id in sorted({key.split("/")[0] for key, _ in runs.list("") if "/config." in key}):
             self._heal(f"{runs.url}/{run_id}", partial(self._train_again, runs, run_id))
@@ -120,14 +121,25 @@ class Repair:
         count = repack_corpus(self._config.corpus, tokenizer, lambda done, wanted: None)
         self._say(f"{self._config.corpus.url}: {count} objects packed again")
 
-    def _make_chunks(self, found: list[Fault]) -> None:
+    def _make_chunks(self, url: str, found: list[Fault]) -> None:
         from penstock.store.dataset import DatasetWriter
+        from penstock.store.manifest import load_manifest
 
         chunks = sorted({fault.chunk for fault in found if fault.chunk is not None})
         if not chunks:
             return
         plan, make_source = open_source(self._config)
-        writer = DatasetWriter(open_store(self._config.dataset.url), plan)
+        store = open_store(url)
+        if url != self._config.dataset.url:
+            # an earlier part, which a run reads besides: model and corpus are all that its chunks follow from
+            there = load_manifest(store)
+            if (there.source, there.corpus.digest) != (plan.source, plan.corpus.digest):
+                raise ConfigError(
+                    f"{url} was made from another model or corpus: call `penstock repair` with the config "
+                    "that it was made with"
+                )
+            plan = there
+        writer = DatasetWriter(store, plan)
         source = make_source(writer.manifest, lambda: None)
         for index in chunks:
             whole = writer.mend(index, source.chunk(index))

@@ -130,7 +130,9 @@ def _describe_dataset(url: str) -> Iterator[str]:
             m = moments[hook.name]
             line += f", mean norm {m.mean_norm:.3g}, largest value {m.max_abs:.3g} over {chunks} chunks"
         yield line
-    yield f"  corpus {manifest.corpus.description}, digest {manifest.corpus.digest[:12]}"
+    corpus = manifest.corpus
+    yield f"  corpus {corpus.description}, digest {corpus.digest[:12]}"
+    yield f"  sequences {corpus.first_sequence} to {corpus.end - 1} of it"
     yield f"  numerics {manifest.numerics.model_dump()}"
     yield f"  digest {manifest.digest}"
 
@@ -142,7 +144,9 @@ def _describe_run(url: str) -> Iterator[str]:
 
     runs, run_id = split_run_url(url)
     config = load_run_config(runs, run_id)
-    yield f"  dataset {config.dataset.url}, {config.total_rows():,} rows over {config.settings.epochs} epochs"
+    for pin in config.datasets:
+        yield f"  dataset {pin.url}, {sum(pin.rows):,} rows"
+    yield f"  {config.total_rows():,} rows over {config.settings.epochs} epochs"
     head = newest_head(runs, run_id)
     for link in reversed(chain(runs, run_id, head)):
         reason = f", {link.reason}" if link.reason else ""

@@ -17,7 +17,7 @@ def cancel(run_url: str) -> str:
     from penstock.trainer.load import split_run_url
 
     runs, run_id = split_run_url(run_url)
-    start = load_run_config(runs, run_id).dataset.start
+    start = load_run_config(runs, run_id).start
     for _ in range(TAKEOVER_TRIES):
         lineage = take_over(runs, run_id, environment={}, start=start)
         if lineage is None:
@@ -32,15 +32,16 @@ def cancel(run_url: str) -> str:
 
 
 def detach(run_url: str) -> str:
-    """Let a run's dataset delete what the run has not read yet; the run fails when it meets the gap."""
+    """Let a run's datasets delete what the run has not read yet; the run fails when it meets a gap."""
     from penstock.trainer.config import load_run_config
     from penstock.trainer.load import split_run_url
 
     runs, run_id = split_run_url(run_url)
-    dataset_url = load_run_config(runs, run_id).dataset.url
-    if detach_reader(open_store(dataset_url), run_id, "by command"):
-        return f"run {run_id} is detached from {dataset_url}, which no longer keeps chunks for it"
-    return f"run {run_id} was detached from {dataset_url} before"
+    urls = load_run_config(runs, run_id).dataset_urls
+    new = [url for url in urls if detach_reader(open_store(url), run_id, "by command")]
+    if new:
+        return f"run {run_id} is detached: no chunks are kept for it at {', '.join(new)}"
+    return f"run {run_id} was detached from {', '.join(urls)} before"
 
 
 def remove(url: str, really: bool) -> Iterator[str]:
@@ -77,11 +78,11 @@ def _unregister_reader(store: ObjectStore) -> None:
     from penstock.trainer.config import load_run_config
 
     base, _, run_id = store.url.rstrip("/").rpartition("/")
-    dataset_url = load_run_config(open_store(base), run_id).dataset.url
-    dataset = open_store(dataset_url)
-    for key in (reader_key(run_id), detached_key(run_id)):
-        dataset.delete(key)
-        dataset.delete(copy_key(key))
+    for url in load_run_config(open_store(base), run_id).dataset_urls:
+        dataset = open_store(url)
+        for key in (reader_key(run_id), detached_key(run_id)):
+            dataset.delete(key)
+            dataset.delete(copy_key(key))
 
 
 def _live_runs(store: ObjectStore, kind: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ def mixing_report(
     """
     dataset = open_dataset(url)
     order = ReadingOrder(
-        n_chunks=dataset.n_chunks,
+        sizes=(dataset.n_chunks,),
         epochs=1,
         window_chunks=window_chunks or _default("window_chunks"),
         seed=_default("seed") if seed is None else seed,

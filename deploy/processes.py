@@ -19,7 +19,9 @@ from penstock.store.objects import open_store
 
 if TYPE_CHECKING:
     from penstock.producer.source import Source
+    from penstock.store.joined import JoinedDataset
     from penstock.store.manifest import Manifest
+    from penstock.trainer.config import RunSettings
 
     MakeSource = Callable[[Manifest, Callable[[], None]], Source]
 
@@ -126,28 +128,52 @@ def submit(config: Config) -> list[tuple[str, bool]]:
     """Submit every run of the config; (run id, whether it is new) of each.
 
     Raises:
-        UserError: the dataset does not exist yet.
+        UserError: a dataset does not exist yet, or those of a run do not go together.
     """
-    from penstock.store.dataset import open_dataset
-    from penstock.store.retention import budget_chunks
     from penstock.trainer.config import submit_run
 
     if not config.runs:
         raise ConfigError("runs: no run is configured; add one")
-    try:
-        dataset = open_dataset(config.dataset.url)
-    except ObjectMissing as error:
-        raise UserError(
-            f"dataset.url: no dataset at {config.dataset.url} yet; start a producer first"
-        ) from error
     runs = open_store(config.runs_url)
     runs.probe()
-    budget = budget_chunks(dataset.manifest, config.dataset.budget_bytes)
     submitted = []
     for settings in config.runs:
-        run, new = submit_run(runs, dataset, settings, budget)
+        data = open_data(config, settings)
+        run, new = submit_run(runs, data, settings, _budget(config, data))
         submitted.append((run.run_id, new))
     return submitted
+
+
+def open_data(config: Config, run: "RunSettings") -> "JoinedDataset":
+    """The datasets that a run of the config reads, as one.
+
+    Raises:
+        UserError: one does not exist yet, or they do not go together.
+    """
+    from penstock.store.dataset import open_dataset
+    from penstock.store.joined import JoinedDataset
+
+    parts = []
+    for url in config.datasets_of(run):
+        try:
+            parts.append(open_dataset(url))
+        except ObjectMissing as error:
+            field = f"runs: {run.name}: datasets" if run.datasets else "dataset.url"
+            raise UserError(f"{field}: no dataset at {url} yet; start a producer first") from error
+    return JoinedDataset(parts)
+
+
+def _budget(config: Config, data: "JoinedDataset") -> int | None:
+    """How many chunks a run's dataset holds at a time, if it keeps only a window."""
+    from penstock.store.retention import budget_chunks
+
+    part = data.parts[0]
+    if data.keeps_window and part.url != open_store(config.dataset.url).url:
+        raise ConfigError(
+            f"runs: {part.url} keeps only a window of its chunks (retention: window): submit its runs with "
+            "the config that it is made with"
+        )
+    return budget_chunks(part.manifest, config.dataset.budget_bytes)
 
 
 def train(config: Config, drain: bool) -> None:
@@ -197,14 +223,14 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     runs, run_id = split_run_url(run_url)
     run = load_run_config(runs, run_id)
     head = last_head(runs, run)
-    dataset = open_pinned(run)
+    data = open_pinned(run)
     corpus = open_corpus(config.corpus.url)
-    if corpus.manifest.digest != run.dataset.corpus_digest:
+    if corpus.manifest.digest not in [pin.corpus_digest for pin in run.datasets]:
         raise ConfigError(
-            f"corpus.url: {config.corpus.url} is not the corpus of run {run_id}; its digest differs"
+            f"corpus.url: {config.corpus.url} is not a corpus of run {run_id}; its digest differs"
         )
     files = find_model(config.model)
-    if files.weights_sha256() != run.dataset.weights_sha256:
+    if files.weights_sha256() != run.datasets[0].weights_sha256:
         raise ModelError(
             f"model.name: the weights of {files.name} differ from those that run {run_id} was trained on"
         )
@@ -215,7 +241,7 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     saes = {name: (hook_of[name], sae) for name, sae in load_saes(runs, run, head).items()}
     result = evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
     seconds = time.monotonic() - started
-    summary, history = summarise(runs, run, dataset, corpus, result, seconds)
+    summary, history = summarise(runs, run, data, corpus, result, seconds)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (out / "report.html").write_text(render_report(summary, history), encoding="utf-8")

@@ -108,7 +108,7 @@ class Progress:
             if word and (word.get("rows") or -1) >= rows:
                 rows, figures = word["rows"], word.get("figures") or figures
                 if word.get("waiting_for") is not None:
-                    remark = f"waiting for chunk {word['waiting_for']}"
+                    remark = f"waiting for {word['waiting_for']}"
             found[run_id] = (rows, run.total_rows, figures, remark)
         return found
 
@@ -144,7 +144,7 @@ class Progress:
         for run_id, (rows, total, figures, remark) in self._live_runs(state, workers).items():
             bar = ProgressBar(total=total or 1, completed=rows, width=30)
             stages.add_row(run_id, bar, f"{self._pace(run_id, rows, total)} ({remark})")
-            backlog += max(0, state.committed_rows - rows)
+            backlog += max(0, state.runs[run_id].stored_rows - rows)
             for name, f in figures.items():
                 saes.add_row(
                     name,

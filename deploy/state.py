@@ -1,6 +1,7 @@
 """Where things stand, read from the store alone; Redis only adds who is at it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from penstock.common.errors import ObjectMissing
@@ -24,9 +25,13 @@ class RunState:
     total_steps: int
     rows: int
     total_rows: int
+    stored_rows: int
     head: int | None
     figures: dict[str, dict[str, float]]
     reason: str | None
+
+
+NOT_SUBMITTED = RunState("not submitted", 0, 0, 0, 0, 0, 0, 0, None, {}, None)
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,36 @@ def read_state(config: Config) -> State:
         return State(corpus_sequences=sequences)
     committed = dataset.committed()
     rows = dataset.manifest.rows
-    runs: dict[str, RunState] = {}
-    if config.runs:
-        from penstock.trainer.config import resolve_run
-
-        for settings in config.runs:
-            run_id = resolve_run(settings, dataset).run_id
-            runs[run_id] = read_run(config.runs_url, run_id)
     return State(
         corpus_sequences=sequences,
         planned=dataset.n_chunks,
         committed=len(committed),
         rows=sum(rows),
         committed_rows=sum(rows[index] for index in committed),
-        runs=runs,
+        runs=dict(_read_runs(config)),
     )
+
+
+def _read_runs(config: Config) -> Iterator[tuple[str, RunState]]:
+    """Each run of a config by its id; by its name where a dataset is missing that it is to read."""
+    if not config.runs:
+        return
+    from penstock.store.joined import open_datasets
+    from penstock.trainer.config import resolve_run
+
+    stored: dict[str, int] = {}
+    for settings in config.runs:
+        try:
+            data = open_datasets(config.datasets_of(settings))
+        except ObjectMissing as error:
+            yield settings.name, replace(NOT_SUBMITTED, reason=str(error))
+            continue
+        for part in data.parts:
+            if part.url not in stored:
+                stored[part.url] = sum(part.manifest.rows[index] for index in part.committed())
+        run_id = resolve_run(settings, data).run_id
+        run = read_run(config.runs_url, run_id)
+        yield run_id, replace(run, stored_rows=sum(stored[part.url] for part in data.parts))
 
 
 def read_run(runs_url: str, run_id: str) -> RunState:
@@ -91,7 +111,7 @@ def read_run(runs_url: str, run_id: str) -> RunState:
     try:
         config = load_run_config(runs, run_id)
     except ObjectMissing:
-        return RunState("not submitted", 0, 0, 0, 0, 0, 0, None, {}, None)
+        return NOT_SUBMITTED
     head = newest_head(runs, run_id)
     return RunState(
         status="pending" if head is None else head.status,
@@ -101,6 +121,7 @@ def read_run(runs_url: str, run_id: str) -> RunState:
         total_steps=config.total_steps(),
         rows=head.rows if head else 0,
         total_rows=config.total_rows(),
+        stored_rows=0,
         head=head.n if head else None,
         figures=head.metrics if head else {},
         reason=head.reason if head else None,

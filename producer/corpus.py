@@ -6,7 +6,8 @@ configured. A sequence may thus hold parts of several documents; `document` says
 not fill a sequence is left out. Held-out documents are packed likewise, apart.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,10 +18,10 @@ from penstock.common.errors import ConfigError, ObjectMissing, PlanMismatch, Use
 from penstock.common.model.files import LoadedTokenizer
 from penstock.common.permutation import permutation
 from penstock.common.settings import Settings
+from penstock.producer.hub import TableText, dataset_documents, find_commit, is_commit
 from penstock.producer.text import (
     HELD_OUT_RULE,
     Document,
-    dataset_documents,
     file_paths,
     is_held_out,
     read_documents,
@@ -49,11 +50,17 @@ class CorpusSettings(Settings):
     url: str = "corpus"
     """Where the corpus is stored: a path (relative to workdir) or s3://…"""
     text: Literal["standard-library", "files", "dataset"] = "standard-library"
-    """The running interpreter's own sources, files by pattern, or a local Hugging Face dataset."""
+    """The running interpreter's own sources, files by pattern, or a Hugging Face dataset."""
     files: list[str] = []
     """Glob patterns of UTF-8 text files, for text: files."""
     dataset: str | None = None
-    """Directory of a local Hugging Face dataset, for text: dataset."""
+    """Directory of a Hugging Face dataset, or its hub name (owner/name), for text: dataset."""
+    dataset_config: str | None = None
+    """Configuration of that dataset, where it has several."""
+    split: str | None = None
+    """Split of that dataset; null takes train, or the first one."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); the commit is what gets recorded, and counts from then on."""
     column: str = "text"
     """Column that holds the text, for text: dataset."""
     context: int = Field(256, ge=2)
@@ -72,16 +79,27 @@ class CorpusSettings(Settings):
         if self.text == "files" and not self.files:
             raise ValueError("files must list patterns when text is files")
         if self.text == "dataset" and not self.dataset:
-            raise ValueError("dataset must name a directory when text is dataset")
+            raise ValueError("dataset must name a directory or a hub dataset when text is dataset")
+        for field in ("dataset_config", "split", "revision"):
+            if self.text != "dataset" and getattr(self, field) is not None:
+                raise ValueError(f"{field} goes with text: dataset")
         return self
 
-    def description(self) -> str:
-        """One line for manifests and reports; nothing of this machine in it."""
+    def description(self, commit: str | None = None) -> str:
+        """One line for manifests and reports; nothing of this machine in it.
+
+        Args:
+            commit: of the hub's dataset, if the text is from there.
+        """
         if self.text == "standard-library":
             return "Python standard library sources"
         if self.text == "files":
             return "files: " + ", ".join(Path(pattern).name for pattern in self.files)
-        return f"dataset: {Path(self.dataset or '').name}, column {self.column}"
+        name = self.dataset or ""
+        parts = [f"dataset: {name} at {commit[:12]}" if commit else f"dataset: {Path(name).name}"]
+        parts += [f"config {self.dataset_config}"] if self.dataset_config else []
+        parts += [f"split {self.split}"] if self.split else []
+        return ", ".join([*parts, f"column {self.column}"])
 
 
 Progress = Callable[[int, int | None], None]
@@ -93,18 +111,21 @@ def ensure_corpus(settings: CorpusSettings, tokenizer: LoadedTokenizer, progress
 
     Raises:
         PlanMismatch: the URL holds a corpus made with other settings.
-        ConfigError: the text gives too few tokens for one sequence.
+        ConfigError: the text cannot be read, or gives too few tokens for one sequence.
+        Unavailable: the hub does not answer.
     """
     store = open_store(settings.url)
-    plan = _plan(settings, tokenizer)
     try:
         corpus = open_corpus(settings.url)
     except ObjectMissing:
         store.probe()
-        names, splits = _pack_splits(settings, tokenizer, progress)
-        write_corpus(store, plan, splits, names)
+        commit = (
+            find_commit(settings.dataset or "", settings.revision) if settings.text == "dataset" else None
+        )
+        names, splits = _pack_splits(settings, tokenizer, commit, progress)
+        write_corpus(store, _plan(settings, tokenizer, commit), splits, names)
         return open_corpus(settings.url)
-    _check_plan(settings, corpus, plan)
+    _check_plan(settings, corpus, tokenizer)
     return corpus
 
 
@@ -115,14 +136,16 @@ def repack_corpus(settings: CorpusSettings, tokenizer: LoadedTokenizer, progress
         PlanMismatch: settings or text are not those that it was made with.
     """
     corpus = open_corpus(settings.url)
-    _check_plan(settings, corpus, _plan(settings, tokenizer))
-    names, splits = _pack_splits(settings, tokenizer, progress)
+    _check_plan(settings, corpus, tokenizer)
+    names, splits = _pack_splits(settings, tokenizer, corpus.manifest.revision, progress)
     return mend_corpus(corpus, splits, names)
 
 
-def _check_plan(settings: CorpusSettings, corpus: Corpus, plan: dict[str, object]) -> None:
+def _check_plan(settings: CorpusSettings, corpus: Corpus, tokenizer: LoadedTokenizer) -> None:
     there = corpus.manifest.model_dump()
-    for field, value in plan.items():
+    # a branch may have moved on since: the commit that was recorded counts
+    commit = settings.revision if is_commit(settings.revision) else corpus.manifest.revision
+    for field, value in _plan(settings, tokenizer, commit).items():
         if there[field] != value:
             raise PlanMismatch(
                 f"{settings.url} holds another corpus: {field} is {there[field]} there and {value} here; "
@@ -130,9 +153,10 @@ def _check_plan(settings: CorpusSettings, corpus: Corpus, plan: dict[str, object
             )
 
 
-def _plan(settings: CorpusSettings, tokenizer: LoadedTokenizer) -> dict[str, object]:
+def _plan(settings: CorpusSettings, tokenizer: LoadedTokenizer, commit: str | None) -> dict[str, object]:
     return {
-        "description": settings.description(),
+        "description": settings.description(commit),
+        "revision": commit,
         "tokenizer_sha256": tokenizer.sha256,
         "special_ids": _special_ids(tokenizer),
         "bos": settings.bos,
@@ -150,9 +174,10 @@ def _special_ids(tokenizer: LoadedTokenizer) -> list[int]:
     return sorted(ends | set(tokenizer.special_ids))
 
 
-def _documents(settings: CorpusSettings) -> Iterator[Document]:
+def _documents(settings: CorpusSettings, commit: str | None) -> Generator[Document]:
     if settings.text == "dataset":
-        yield from dataset_documents(settings.dataset or "", settings.column)
+        table = (settings.dataset or "", settings.column, settings.dataset_config, settings.split, commit)
+        yield from dataset_documents(TableText(*table))
         return
     standard = settings.text == "standard-library"
     paths = standard_library_paths() if standard else file_paths(settings.files)
@@ -180,7 +205,7 @@ class _Stream:
 
 
 def _pack_splits(
-    settings: CorpusSettings, tokenizer: LoadedTokenizer, progress: Progress
+    settings: CorpusSettings, tokenizer: LoadedTokenizer, commit: str | None, progress: Progress
 ) -> tuple[list[str], dict[str, PackedText]]:
     if settings.bos == "prepend" and tokenizer.bos_id is None:
         raise UserError("corpus.bos: the tokenizer has no BOS token; set corpus.bos to none")
@@ -206,15 +231,17 @@ def _pack_splits(
         batch.clear()
         progress(streams[TRAIN].count, settings.max_tokens)
 
-    for document in _documents(settings):
-        if all(stream.full for stream in streams.values()):
-            break
-        # held-out documents are few: do not tokenise the rest of a split that is full
-        if streams[HELD_OUT if is_held_out(document.path) else TRAIN].full:
-            continue
-        batch.append(document)
-        if len(batch) == _ENCODE_AT_ONCE:
-            flush()
+    with closing(_documents(settings, commit)) as documents:
+        for document in documents:
+            # held-out documents are few: do not tokenise the rest of a split that is full
+            if streams[HELD_OUT if is_held_out(document.path) else TRAIN].full:
+                continue
+            batch.append(document)
+            # what is left to read for a full training split is held-out documents, which are far between
+            if len(batch) == _ENCODE_AT_ONCE or streams[TRAIN].full:
+                flush()
+                if all(stream.full for stream in streams.values()):
+                    break
     flush()
     splits = {split: _pack(settings, tokenizer, stream, split) for split, stream in streams.items()}
     if not len(splits[TRAIN].tokens):

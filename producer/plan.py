@@ -1,25 +1,29 @@
 """From settings, corpus and model to the manifest: every number a dataset depends on."""
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from penstock.common.errors import ConfigError
+from penstock.common.errors import ConfigError, ObjectMissing
 from penstock.common.settings import Settings
 from penstock.producer.memory import bytes_held
 from penstock.store.arrays import PLAIN
 from penstock.store.corpus import Corpus
 from penstock.store.layout import FORMAT_VERSION
-from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
-from penstock.store.objects import MAX_CREATE_BYTES
+from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin, load_manifest
+from penstock.store.objects import MAX_CREATE_BYTES, open_store
 
 if TYPE_CHECKING:
     from penstock.common.model.language_model import LanguageModel
 
 TARGET_OBJECT_BYTES = 32 * 1024 * 1024
 """Chunks are sized so that the largest object stays below this."""
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class DatasetSettings(Settings):
@@ -29,8 +33,10 @@ class DatasetSettings(Settings):
     """Where the dataset is stored: a path (relative to workdir) or s3://…"""
     hooks: list[str] = Field(min_length=1)
     """Hook points, TransformerLens names or patterns (`blocks.*.hook_resid_post`), from one forward pass."""
+    after: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = []
+    """URL or URLs of earlier datasets of the same corpus: this one begins where the last of them ends."""
     max_rows: int | None = Field(None, ge=1)
-    """Plan about this many rows at least; null uses the whole corpus."""
+    """Plan about this many rows at least; null uses all that the corpus has left."""
     sequences_per_chunk: int | None = Field(None, ge=1)
     """Sequences in one chunk; null chooses so that the largest object is at most 32 MiB and memory_bytes
     suffices."""
@@ -68,7 +74,7 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: "LanguageMode
     """Resolve settings to a manifest.
 
     Raises:
-        ConfigError: the corpus does not fit the model, or a chunk would be too large.
+        ConfigError: the corpus does not fit the model or is used up, or a chunk would be too large.
         ModelError: a hook point does not exist.
     """
     if corpus.manifest.context > model.context:
@@ -79,20 +85,22 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: "LanguageMode
     hooks = model.resolve(settings.hooks)
     widths = model.widths(hooks)
     sequences = settings.sequences_per_chunk or _sequences_per_chunk(settings, corpus, list(widths.values()))
-    rows = _rows(settings, corpus, sequences)
+    first = first_sequence(settings, corpus)
+    rows = _rows(settings, corpus, first, sequences)
     largest = sequences * corpus.manifest.context * 2 * max(widths.values())
     if largest >= MAX_CREATE_BYTES - 1024:
         raise ConfigError(
             f"dataset.sequences_per_chunk: {sequences} makes objects of {largest / 2**20:.0f} MiB; "
             "they must stay under 64 MiB"
         )
-    n_sequences = min(len(rows) * sequences, corpus.manifest.n_sequences)
+    n_sequences = min(len(rows) * sequences, corpus.manifest.n_sequences - first)
     lead = 1 if settings.drop_special and corpus.manifest.bos == "prepend" else 0
     return Manifest(
         format_version=FORMAT_VERSION,
         corpus=CorpusPin(
             digest=corpus.manifest.digest,
             description=corpus.manifest.description,
+            first_sequence=first,
             n_sequences=n_sequences,
             context=corpus.manifest.context,
             tokenizer_sha256=corpus.manifest.tokenizer_sha256,
@@ -153,19 +161,51 @@ def _sequences_per_chunk(settings: DatasetSettings, corpus: Corpus, widths: list
     return sequences
 
 
-def _rows(settings: DatasetSettings, corpus: Corpus, sequences: int) -> list[int]:
+def first_sequence(settings: DatasetSettings, corpus: Corpus) -> int:
+    """The corpus sequence that a dataset begins at: where the last of those before it ends.
+
+    Raises:
+        ConfigError: an earlier dataset is not there or is of another corpus, or nothing is left.
+    """
+    ends = [0]
+    for url in settings.after:
+        try:
+            there = load_manifest(open_store(url)).corpus
+        except ObjectMissing as error:
+            try:
+                # it was there when this dataset was begun, and may be gone since
+                return load_manifest(open_store(settings.url)).corpus.first_sequence
+            except ObjectMissing:
+                raise ConfigError(f"dataset.after: no dataset at {url}; make it first") from error
+        if there.digest != corpus.manifest.digest:
+            raise ConfigError(
+                f"dataset.after: {url} is of the corpus {there.digest[:12]} ({there.description}) and not of "
+                f"{corpus.manifest.digest[:12]}, which is at {corpus.store.url}; a dataset of another corpus "
+                "needs no dataset.after"
+            )
+        ends.append(there.end)
+    if max(ends) >= corpus.manifest.n_sequences:
+        raise ConfigError(
+            f"dataset.after: the datasets before it use all {corpus.manifest.n_sequences} sequences of the "
+            "corpus; make a corpus of other text and a dataset of that"
+        )
+    return max(ends)
+
+
+def _rows(settings: DatasetSettings, corpus: Corpus, first: int, sequences: int) -> list[int]:
     """Rows of each chunk: tokens less those dropped."""
-    total = corpus.manifest.n_sequences
-    kept = np.full(total, corpus.manifest.context, np.int64)
+    left = corpus.manifest.n_sequences - first
+    kept = np.full(left, corpus.manifest.context, np.int64)
     if settings.drop_special:
-        kept -= corpus.special_counts(0, total)
-    rows = [int(kept[i : i + sequences].sum()) for i in range(0, total, sequences)]
+        kept -= corpus.special_counts(first, first + left)
+    rows = [int(kept[i : i + sequences].sum()) for i in range(0, left, sequences)]
     if settings.max_rows is None:
         return rows
     enough = int(np.searchsorted(np.cumsum(rows), settings.max_rows)) + 1
     if enough > len(rows):
         raise ConfigError(
-            f"dataset.max_rows: {settings.max_rows} rows are asked for, but the corpus gives "
-            f"{sum(rows)}; add text, raise corpus.max_tokens or lower dataset.max_rows"
+            f"dataset.max_rows: {settings.max_rows} rows are asked for, but the corpus "
+            f"{'has' if first else 'gives'} {sum(rows)}{' left' if first else ''}; add text, raise "
+            "corpus.max_tokens or lower dataset.max_rows"
         )
     return rows[:enough]

@@ -135,7 +135,7 @@ class Sink:
 
     def _announce(self) -> None:
         for feed in registered_feeds(self._redis, self._feeds_key):
-            feed.advance(self._is_committed)
+            feed.advance(feed.spec.among_all(self._is_committed))
 
     def _is_committed(self, index: int) -> bool:
         if index not in self._committed and self._writer.store.exists(commit_key(index)):

@@ -45,8 +45,8 @@ class LanguageModelSource:
 
     def chunk(self, index: int) -> Chunk:
         manifest = self._manifest
-        first = index * manifest.sequences_per_chunk
-        last = min(first + manifest.sequences_per_chunk, manifest.corpus.n_sequences)
+        first = manifest.corpus.first_sequence + index * manifest.sequences_per_chunk
+        last = min(first + manifest.sequences_per_chunk, manifest.corpus.end)
         tokens = self._corpus.tokens(first, last)
         keep = np.ones(tokens.shape, np.bool_)
         if manifest.source.drop_special:

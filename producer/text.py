@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.common.errors import ConfigError, nearest
+from penstock.common.errors import ConfigError
 
 HELD_OUT_ONE_IN = 20
 """One document in this many is held out."""
@@ -97,30 +97,3 @@ def _plain_parts(pattern: Path) -> list[str]:
             break
         parts.append(part)
     return parts
-
-
-def dataset_documents(path: str, column: str) -> Iterator[Document]:
-    """Texts of a local Hugging Face dataset directory, named row-<number>.
-
-    Raises:
-        ConfigError: no dataset there, or it has no such column.
-    """
-    import datasets
-
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ConfigError(f"corpus.dataset: {path} is not a directory; give a local dataset directory")
-    try:
-        saved = any((directory / name).exists() for name in ("state.json", "dataset_dict.json"))
-        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"corpus.dataset: {path} cannot be read as a dataset: {error}") from error
-    table = loaded["train"] if isinstance(loaded, dict) and "train" in loaded else loaded
-    if isinstance(table, dict):
-        table = next(iter(table.values()))
-    if column not in table.column_names:
-        hint = nearest(column, table.column_names)
-        raise ConfigError(f"corpus.column: no column {column!r} in {path}.{hint}")
-    for number, text in enumerate(table[column]):
-        if text:
-            yield Document(f"row-{number:09d}", text)

@@ -46,6 +46,7 @@ class CorpusManifest(BaseModel):
 
     format_version: int
     description: str
+    revision: str | None
     tokenizer_sha256: str
     special_ids: list[int]
     bos: str

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from penstock.common.errors import DamagedObject, DataError, ModelError, ObjectMissing
+from penstock.common.errors import DamagedObject, DataError, ModelError, ObjectMissing, UserError
 from penstock.common.permutation import permutation
 from penstock.store.arrays import (
     ArraySpec,
@@ -102,6 +102,22 @@ class Dataset:
         """Planned chunks (N)."""
         return self.manifest.n_chunks
 
+    @property
+    def sizes(self) -> tuple[int]:
+        """Planned chunks, as one of the parts that a reader may read as one."""
+        return (self.n_chunks,)
+
+    def d_in(self, hook_name: str) -> int:
+        """Width of a hook point.
+
+        Raises:
+            UserError: the dataset does not hold it.
+        """
+        try:
+            return self.manifest.d_in(hook_name)
+        except UserError as error:
+            raise UserError(f"{self.url}: {error}") from error
+
     def committed(self) -> set[int]:
         """Indices of the chunks that a listing shows as committed."""
         return committed_indices(self.store, self.n_chunks)
@@ -183,9 +199,9 @@ class Dataset:
         Rows of `window_chunks` consecutive chunks are mixed in memory; the next window is read while
         this one is used. The order is that of a training run with the same seed.
         """
-        from penstock.store.loader import dataset_batches
+        from penstock.store.joined import JoinedDataset
 
-        return dataset_batches(self, hooks, batch_rows, window_chunks, epochs, seed)
+        return JoinedDataset([self]).batches(hooks, batch_rows, window_chunks, epochs, seed)
 
     def as_torch(
         self,

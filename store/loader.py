@@ -18,7 +18,8 @@ from torch import Tensor
 
 from penstock.common import metrics
 from penstock.common.errors import DamagedObject, DataError, ObjectMissing, UserError
-from penstock.store.dataset import Chunk, Dataset
+from penstock.store.dataset import Chunk
+from penstock.store.joined import JoinedDataset
 from penstock.store.layout import POSITION, SEQUENCE, TOKENS
 from penstock.store.order import ReadingOrder, Window, batch_bounds
 
@@ -30,7 +31,7 @@ READ_THREADS = 4
 class LoadedWindow:
     """A window's rows in position order: per hook [n_rows, d_in] bfloat16, on the CPU.
 
-    `chunks` are the indices of the chunks that they come from. `origins` holds [n_rows] `tokens`, `position`
+    `chunks` are the numbers of the chunks that they come from. `origins` holds [n_rows] `tokens`, `position`
     (both int32) and `sequence` (int64), if the reader was asked for them.
     """
 
@@ -87,6 +88,14 @@ class ChunkSupply(Protocol):
         ...
 
 
+class ChunkReader(Protocol):
+    """What a reader needs of a dataset, or of several read as one."""
+
+    def d_in(self, hook_name: str) -> int: ...
+    def read_chunk(self, chunk: int, /, hooks: Sequence[str] | None = None) -> Chunk: ...
+    def quarantined(self) -> set[int]: ...
+
+
 class AsStored:
     """A supply for datasets that nobody writes or mends: what cannot be read is an error."""
 
@@ -102,7 +111,7 @@ class WindowReader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: ChunkReader,
         hooks: Sequence[str],
         order: ReadingOrder,
         supply: ChunkSupply,
@@ -118,7 +127,7 @@ class WindowReader:
         """Chunks to be left out, asked once per window."""
         return self._dataset.quarantined()
 
-    def read(self, index: int) -> Chunk | None:
+    def read(self, chunk: int) -> Chunk | None:
         """A chunk, mended if need be; None if it is quarantined.
 
         Raises:
@@ -126,11 +135,11 @@ class WindowReader:
         """
         while True:
             try:
-                return self._try(index)
+                return self._try(chunk)
             except DataError as error:
-                if index in self._dataset.quarantined():
+                if chunk in self._dataset.quarantined():
                     return None
-                self.supply.mend(index, error)
+                self.supply.mend(chunk, error)
 
     def lay_out(self, window: Window, chunks: Iterable[Chunk | None]) -> LoadedWindow:
         """The window's rows in position order."""
@@ -141,18 +150,18 @@ class WindowReader:
         origins = _origins(there) if self._with_origins else {}
         return LoadedWindow(window, tuple(chunk.index for chunk in there), acts, n_rows, order, origins)
 
-    def _try(self, index: int) -> Chunk:
+    def _try(self, chunk: int) -> Chunk:
         with metrics.chunk_read_seconds.time():
             try:
-                return self._dataset.read_chunk(index, self._hooks)
+                return self._dataset.read_chunk(chunk, self._hooks)
             except (DamagedObject, ObjectMissing):
                 metrics.chunk_corrupt.inc()
                 # once more: the fault may lie in the transfer and not in what is stored
-                return self._dataset.read_chunk(index, self._hooks)
+                return self._dataset.read_chunk(chunk, self._hooks)
 
     def _concatenate(self, hook: str, chunks: Sequence[Chunk]) -> Tensor:
         rows = sum(chunk.rows for chunk in chunks)
-        out = torch.empty((rows, self._dataset.manifest.d_in(hook)), dtype=torch.bfloat16)
+        out = torch.empty((rows, self._dataset.d_in(hook)), dtype=torch.bfloat16)
         plain = out.view(torch.int16).numpy()
         at = 0
         for chunk in chunks:
@@ -262,7 +271,7 @@ class Batches:
 
 
 def dataset_batches(
-    dataset: Dataset,
+    dataset: JoinedDataset,
     hooks: Sequence[str],
     batch_rows: int,
     window_chunks: int,
@@ -271,9 +280,9 @@ def dataset_batches(
 ) -> Batches:
     """See `Dataset.batches`."""
     for hook in hooks:
-        dataset.manifest.d_in(hook)
+        dataset.d_in(hook)
     refuse_passing(dataset)
-    order = ReadingOrder(dataset.n_chunks, epochs, window_chunks, seed)
+    order = ReadingOrder(dataset.sizes, epochs, window_chunks, seed)
 
     def start() -> WindowLoader:
         return WindowLoader(WindowReader(dataset, hooks, order, AsStored()), 0)
@@ -281,7 +290,7 @@ def dataset_batches(
     return Batches(start, order.n_windows, batch_rows)
 
 
-def refuse_passing(dataset: Dataset) -> None:
+def refuse_passing(dataset: JoinedDataset) -> None:
     """Refuse a dataset whose chunks are deleted once its runs have read them."""
-    if dataset.manifest.retention == "window":
+    if dataset.keeps_window:
         raise UserError(f"{dataset.url} keeps only a window of its chunks: read it with a run")

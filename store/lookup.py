@@ -180,10 +180,13 @@ def context(dataset: Dataset, sequence: int, position: int, before: int = 16, af
         ObjectMissing, DamagedObject: the chunk is not committed, or not whole.
     """
     corpus = dataset.manifest.corpus
-    limits = {"sequence": (sequence, corpus.n_sequences), "position": (position, corpus.context)}
-    for name, (value, stop) in limits.items():
-        if not 0 <= value < stop:
-            raise UserError(f"{name} is {value}; {dataset.url} has {name}s 0 to {stop - 1}")
+    limits = {
+        "sequence": (sequence, corpus.first_sequence, corpus.end),
+        "position": (position, 0, corpus.context),
+    }
+    for name, (value, first, end) in limits.items():
+        if not first <= value < end:
+            raise UserError(f"{name} is {value}; {dataset.url} has {name}s {first} to {end - 1}")
     if before < 0 or after < 0:
         raise UserError(f"before is {before} and after {after}; neither may be negative")
     commit = _commit(dataset, chunk_of(dataset, sequence))
@@ -200,7 +203,8 @@ def context(dataset: Dataset, sequence: int, position: int, before: int = 16, af
 
 def chunk_of(dataset: Dataset, sequence: int) -> int:
     """The chunk that holds all rows of a sequence."""
-    return sequence // dataset.manifest.sequences_per_chunk
+    manifest = dataset.manifest
+    return (sequence - manifest.corpus.first_sequence) // manifest.sequences_per_chunk
 
 
 def _commit(dataset: Dataset, index: int) -> Commit:

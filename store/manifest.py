@@ -25,13 +25,20 @@ class CorpusPin(_Part):
 
     digest: str
     description: str
+    first_sequence: NonNegativeInt
+    """The first sequence of the permuted corpus that is used."""
     n_sequences: NonNegativeInt
-    """Sequences used, from the start of the permuted corpus."""
+    """Sequences used, from that one on."""
     context: PositiveInt
     tokenizer_sha256: str
     special_ids: list[int]
     bos: str
     held_out_rule: str
+
+    @property
+    def end(self) -> int:
+        """The sequence after the last one used."""
+        return self.first_sequence + self.n_sequences
 
 
 class SourcePin(_Part):

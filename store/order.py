@@ -1,13 +1,17 @@
 """The order in which a run reads chunks, and how a window is cut into batches. Pure arithmetic.
 
-A *position* p counts chunks read, epoch after epoch: epoch p div N, place p mod N. Epoch 0 reads
-indices in order (the corpus is already permuted), later epochs by a permutation of the run's seed. A
-*window* is K consecutive positions of one epoch, mixed in memory; the last of an epoch may be short.
+A run reads one dataset or several as one. Their chunks are numbered through: chunk i of the second is
+number N₁ + i, and so on. A *position* p counts chunks read, epoch after epoch: epoch p div N, place p mod
+N. Epoch 0 reads each dataset's chunks in their own order (the corpus is already permuted), several datasets
+interleaved by a permutation of the run's seed; later epochs permute all chunks. A *window* is K consecutive
+positions of one epoch, mixed in memory; the last of an epoch may be short.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -30,16 +34,20 @@ class ReadingOrder:
     """Which chunk stands at which position of a run.
 
     Attributes:
-        n_chunks: chunks in the dataset (N).
+        sizes: chunks in each dataset; N in all.
         epochs: how often each is read.
         window_chunks: chunks mixed in memory (K).
         seed: the run's seed.
     """
 
-    n_chunks: int
+    sizes: tuple[int, ...]
     epochs: int
     window_chunks: int
     seed: int
+
+    @property
+    def n_chunks(self) -> int:
+        return sum(self.sizes)
 
     @property
     def n_positions(self) -> int:
@@ -54,15 +62,13 @@ class ReadingOrder:
         return self.windows_per_epoch * self.epochs
 
     def chunk_at(self, position: int) -> int:
-        """The chunk index at a position."""
+        """The number of the chunk at a position."""
         epoch, place = divmod(position, self.n_chunks)
-        if epoch == 0:
-            return place
-        return int(_epoch_order(self.n_chunks, self.seed, epoch)[place])
+        return int(_epoch_order(self.sizes, self.seed, epoch)[place])
 
     def epoch_chunks(self, epoch: int) -> npt.NDArray[np.int64]:
         """[n_chunks] the chunk indices of an epoch in order of position: `chunk_at`, all at once."""
-        return np.arange(self.n_chunks) if epoch == 0 else _epoch_order(self.n_chunks, self.seed, epoch)
+        return _epoch_order(self.sizes, self.seed, epoch)
 
     def window(self, number: int) -> Window:
         """The window of that number, 0…n_windows−1."""
@@ -84,9 +90,34 @@ class ReadingOrder:
         return permutation(n_rows, self.seed, "window", window.number)
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(n_chunks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    return permutation(n_chunks, seed, "epoch", epoch)
+@lru_cache(maxsize=16)
+def _epoch_order(sizes: tuple[int, ...], seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    if epoch:
+        return permutation(sum(sizes), seed, "epoch", epoch)
+    # all chunks in a random order say whose turn it is; each dataset then gives its own one after the other
+    turns = permutation(sum(sizes), seed, "interleave")
+    dataset = np.searchsorted(np.cumsum(sizes), turns, side="right")
+    order = np.empty_like(turns)
+    order[np.argsort(dataset, kind="stable")] = np.arange(len(turns))
+    return order
+
+
+def locate(sizes: Sequence[int], chunk: int) -> tuple[int, int]:
+    """(which dataset, index in it) of a chunk by its number among several datasets.
+
+    Raises:
+        IndexError: there is no such chunk.
+    """
+    ends = list(accumulate(sizes))
+    part = bisect_right(ends, chunk)
+    if chunk < 0 or part == len(ends):
+        raise IndexError(f"chunk {chunk} of {sum(sizes)}")
+    return part, chunk - first_chunk(sizes, part)
+
+
+def first_chunk(sizes: Sequence[int], part: int) -> int:
+    """The number of a dataset's first chunk among several datasets."""
+    return sum(sizes[:part])
 
 
 def batch_bounds(n_rows: int, batch_rows: int) -> list[tuple[int, int]]:

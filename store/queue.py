@@ -29,7 +29,7 @@ import redis
 from redis.commands.core import Script
 
 from penstock.common.redis import Client
-from penstock.store.order import ReadingOrder
+from penstock.store.order import ReadingOrder, first_chunk
 
 FEED_AHEAD = 4096
 """Entries a feed may hold before feeding pauses."""
@@ -149,22 +149,37 @@ def repairs_wanted(client: Client, prefix: str, url: str, manifest_digest: str) 
 
 @dataclass(frozen=True)
 class FeedSpec:
-    """Everything needed to feed a lineage: its stream, where it started, its reading order."""
+    """Everything needed to feed a lineage: its stream, where it started, its reading order.
+
+    Attributes:
+        sizes: chunks in each dataset that the run reads.
+        part: which of these a registration of the feed is for.
+    """
 
     key: str
     start: int
-    n_chunks: int
+    sizes: tuple[int, ...]
     epochs: int
     window_chunks: int
     seed: int
+    part: int = 0
 
     @property
     def order(self) -> ReadingOrder:
-        return ReadingOrder(self.n_chunks, self.epochs, self.window_chunks, self.seed)
+        return ReadingOrder(self.sizes, self.epochs, self.window_chunks, self.seed)
+
+    def among_all(self, is_committed: Callable[[int], bool]) -> Callable[[int], bool]:
+        """From "is this index of the part committed?" the same question by a chunk's number.
+
+        Who knows one dataset only does not know of the other ones' chunks: the answer is no.
+        """
+        first = first_chunk(self.sizes, self.part)
+        own = range(first, first + self.sizes[self.part])
+        return lambda chunk: chunk in own and is_committed(chunk - first)
 
 
 class Feed:
-    """The stream of (position, chunk index) of one lineage, in reading order without gaps."""
+    """The stream of (position, chunk number) of one lineage, in reading order without gaps."""
 
     def __init__(self, client: Client, spec: FeedSpec) -> None:
         self.spec = spec
@@ -206,7 +221,7 @@ class Feed:
         return fed
 
     def read(self, position: int, block_ms: int) -> list[tuple[int, int]]:
-        """(position, chunk index) entries from a position on, waiting at most `block_ms`.
+        """(position, chunk number) entries from a position on, waiting at most `block_ms`.
 
         Raises:
             redis.RedisError: the server does not answer.
@@ -286,14 +301,14 @@ class RunQueue:
 
 
 def register_feed(client: Client, feeds_key: str, run_id: str, spec: FeedSpec) -> None:
-    """Let whoever commits chunks of the dataset know that a lineage reads it."""
+    """Let whoever commits chunks of the spec's part know that a lineage reads it."""
     client.hset(feeds_key, run_id, json.dumps(asdict(spec)))
 
 
 def registered_feed(client: Client, feeds_key: str, run_id: str) -> Feed | None:
     """The feed registered for a run, if any."""
     found = client.hget(feeds_key, run_id)
-    return None if found is None else Feed(client, FeedSpec(**json.loads(found)))
+    return None if found is None else Feed(client, _spec(found))
 
 
 def remove_feed(client: Client, feeds_key: str, run_id: str) -> None:
@@ -306,7 +321,12 @@ def remove_feed(client: Client, feeds_key: str, run_id: str) -> None:
 
 def registered_feeds(client: Client, feeds_key: str) -> list[Feed]:
     """All feeds that a new chunk of the dataset may advance."""
-    return [Feed(client, FeedSpec(**json.loads(v))) for v in client.hgetall(feeds_key).values()]
+    return [Feed(client, _spec(value)) for value in client.hgetall(feeds_key).values()]
+
+
+def _spec(value: str) -> FeedSpec:
+    fields = json.loads(value)
+    return FeedSpec(**fields | {"sizes": tuple(fields["sizes"])})
 
 
 class Presence:

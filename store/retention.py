@@ -249,7 +249,7 @@ class Retention:
     def _position(self, reader: Reader) -> int | None:
         runs = self._runs_of(reader)
         try:
-            start = int(runs.get_record(config_key(reader.run))["dataset"]["start"])
+            start = int(runs.get_record(config_key(reader.run))["start"])
         except ObjectMissing:
             return reader.start  # being submitted
         except (KeyError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from penstock.common.errors import DamagedObject, DataError, UserError
 from penstock.store.dataset import Chunk, Dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.loader import AsStored, WindowLoader, WindowReader, refuse_passing
 from penstock.store.local import LocalStore
 from penstock.store.resume import (
@@ -56,7 +57,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
             raise UserError(f"rank is {rank}; with world_size {world_size} it must be 0 to {world_size - 1}")
         for hook in hooks:
             dataset.manifest.d_in(hook)
-        refuse_passing(dataset)
+        refuse_passing(JoinedDataset([dataset]))
         self._dataset = dataset
         self._hooks = list(hooks)
         self._batch_rows = batch_rows
@@ -156,7 +157,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         self._order, self._plan = self._plan_for(chunks, left_out)
 
     def _plan_for(self, chunks: tuple[int, ...], left_out: frozenset[int]) -> tuple[PinnedOrder, BatchPlan]:
-        order = PinnedOrder(len(chunks), self._epochs, self._window_chunks, self._seed, chunks)
+        order = PinnedOrder((len(chunks),), self._epochs, self._window_chunks, self._seed, chunks)
         return order, BatchPlan(order, self._dataset.manifest.rows, left_out, self._batch_rows)
 
     def _state(self, batches: int, part: Part | None = None) -> ReadingState:
@@ -228,6 +229,7 @@ class _PinnedReader(WindowReader):
         with_origins: bool,
     ) -> None:
         super().__init__(dataset, hooks, order, AsStored(), with_origins)
+        self._whole = dataset
         self._left_out = left_out
 
     def quarantined(self) -> set[int]:
@@ -235,7 +237,7 @@ class _PinnedReader(WindowReader):
 
     def read(self, index: int) -> Chunk:
         chunk = super().read(index)
-        url, planned = self._dataset.url, self._dataset.manifest.rows[index]
+        url, planned = self._whole.url, self._whole.manifest.rows[index]
         if chunk is None:
             raise DataError(
                 f"{url}: chunk {index} was quarantined after the order of this reading was fixed; "

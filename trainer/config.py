@@ -10,22 +10,24 @@ from pydantic import Field, ValidationError, model_validator
 
 from penstock.common.errors import ConfigError, DamagedObject, UserError
 from penstock.common.settings import Settings
-from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.heads import CHECKPOINTS_KEPT
+from penstock.store.joined import JoinedDataset, chunk_name, open_datasets
 from penstock.store.layout import FORMAT_VERSION, config_key
 from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
-from penstock.store.order import ReadingOrder
+from penstock.store.order import ReadingOrder, locate
 from penstock.store.retention import Reader, register_reader
 from penstock.trainer.initial import InitialWeights, pin_initial, store_initial
 from penstock.trainer.kinds import LOSS_CONVENTION, AnySettings
 
 
 class RunSettings(Settings):
-    """SAEs trained together from the same reads of one dataset."""
+    """SAEs trained together from the same reads of one dataset, or of several read as one."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its id is the name and a digest of everything that defines it."""
+    datasets: list[str] = []
+    """URLs of the datasets read as one (paths are relative to workdir); none means the config's dataset."""
     saes: list[AnySettings] = Field(min_length=1)
     """The SAEs; each window is read once and every SAE steps on it."""
     batch_rows: int = Field(4096, ge=1)
@@ -51,15 +53,12 @@ class RunSettings(Settings):
 
 
 class DatasetPin(Settings):
-    """The dataset a run reads, for ever the same."""
+    """A dataset that a run reads, for ever the same."""
 
     url: str
     manifest_digest: str
     n_chunks: int
     rows: list[int]
-    start: int
-    """The position that the run begins at: chunks before it were deleted when it was submitted."""
-    widths: dict[str, int]
     corpus_digest: str
     source: str
     weights_sha256: str
@@ -70,7 +69,12 @@ class RunConfig(Settings):
 
     format_version: int
     run_id: str
-    dataset: DatasetPin
+    datasets: list[DatasetPin] = Field(min_length=1)
+    """What it reads, in the order in which chunks are numbered."""
+    start: int
+    """The position that the run begins at: chunks before it were deleted when it was submitted."""
+    widths: dict[str, int]
+    """d_in of each hook point read."""
     settings: RunSettings
     initial: dict[str, InitialWeights] = {}
     """What SAEs start from, by SAE, where that was imported."""
@@ -78,21 +82,34 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        pin = self.dataset
-        if pin.n_chunks != len(pin.rows) or not 0 <= pin.start < max(1, pin.n_chunks):
-            raise ValueError("dataset: rows, n_chunks and start do not fit together")
-        if pin.start % self.settings.window_chunks or min(pin.rows, default=0) < 0:
-            raise ValueError("dataset: start is not where a window begins, or rows are negative")
-        if missing := set(self.hooks) - set(pin.widths):
-            raise ValueError(f"dataset: no width of {min(missing)}")
+        for pin in self.datasets:
+            if pin.n_chunks != len(pin.rows) or min(pin.rows, default=0) < 0:
+                raise ValueError("datasets: rows and n_chunks do not fit together")
+        if not 0 <= self.start < max(1, sum(self.sizes)) or self.start % self.settings.window_chunks:
+            raise ValueError("start: not where a window begins")
+        if missing := set(self.hooks) - set(self.widths):
+            raise ValueError(f"widths: no width of {min(missing)}")
         if self.initial.keys() != {sae.name for sae in self.settings.saes if sae.init_from is not None}:
             raise ValueError("initial: does not fit the SAEs' init_from")
         return self
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Chunks in each dataset."""
+        return tuple(pin.n_chunks for pin in self.datasets)
+
+    @property
+    def dataset_urls(self) -> list[str]:
+        return [pin.url for pin in self.datasets]
+
+    @property
     def order(self) -> ReadingOrder:
         s = self.settings
-        return ReadingOrder(self.dataset.n_chunks, s.epochs, s.window_chunks, s.seed)
+        return ReadingOrder(self.sizes, s.epochs, s.window_chunks, s.seed)
+
+    def name_of(self, chunk: int) -> str:
+        """What to call a chunk in messages."""
+        return chunk_name(self.dataset_urls, self.sizes, chunk)
 
     @property
     def hooks(self) -> list[str]:
@@ -104,12 +121,12 @@ class RunConfig(Settings):
         order = self.order
         window = order.window(number)
         chunks = (order.chunk_at(p) for p in range(window.start, window.stop))
-        return sum(self.dataset.rows[chunk] for chunk in chunks)
+        return sum(self._rows_of(chunk) for chunk in chunks)
 
     @property
     def windows(self) -> range:
         """Numbers of the windows that the run reads."""
-        return range(self.order.window_starting_at(self.dataset.start), self.order.n_windows)
+        return range(self.order.window_starting_at(self.start), self.order.n_windows)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -120,12 +137,17 @@ class RunConfig(Settings):
 
     def _rows_of_windows(self) -> npt.NDArray[np.int64]:
         """[windows] `window_rows` of all windows, at once: there may be very many."""
-        order, rows = self.order, np.array(self.dataset.rows, np.int64)
+        order = self.order
+        rows = np.array([n for pin in self.datasets for n in pin.rows], np.int64)
         starts = np.arange(0, order.n_chunks, order.window_chunks)
         if not len(starts):
             return np.zeros(0, np.int64)
         epochs = [np.add.reduceat(rows[order.epoch_chunks(e)], starts) for e in range(order.epochs)]
         return np.concatenate(epochs)[self.windows.start :]
+
+    def _rows_of(self, chunk: int) -> int:
+        part, index = locate(self.sizes, chunk)
+        return self.datasets[part].rows[index]
 
 
 def chunks_needed(settings: RunSettings, n_chunks: int) -> int:
@@ -136,44 +158,46 @@ def chunks_needed(settings: RunSettings, n_chunks: int) -> int:
     return min(n_chunks, CHECKPOINTS_KEPT * settings.head_interval * settings.window_chunks)
 
 
-def resolve_run(settings: RunSettings, dataset: Dataset, start: int = 0) -> RunConfig:
-    """Pin the dataset and name the run.
+def resolve_run(settings: RunSettings, data: JoinedDataset, start: int = 0) -> RunConfig:
+    """Pin the datasets and name the run.
 
     Raises:
-        UserError: the dataset does not hold a hook point.
+        UserError: a dataset does not hold a hook point, or in another width than the others.
         ConfigError: k is larger than d_sae, the dataset is gone before its second epoch, or an SAE cannot
             start from what its `init_from` names.
     """
-    manifest = dataset.manifest
-    widths = {sae.hook_name: manifest.d_in(sae.hook_name) for sae in settings.saes}
+    widths = {sae.hook_name: data.d_in(sae.hook_name) for sae in settings.saes}
     for sae in settings.saes:
         k = getattr(sae, "k", 0)
         if k > sae.d_sae:
             raise ConfigError(f"saes: {sae.name}: k is {k}, more than its d_sae of {sae.d_sae}")
-    if manifest.retention == "window" and settings.epochs > 1:
+    if data.keeps_window and settings.epochs > 1:
         raise ConfigError(
             f"runs: {settings.name}: epochs is {settings.epochs}, but the dataset keeps only a window "
             "(retention: window); use one epoch, or retention: keep"
         )
-    pin = DatasetPin(
-        url=dataset.url,
-        manifest_digest=manifest.digest,
-        n_chunks=manifest.n_chunks,
-        rows=manifest.rows,
-        start=start,
-        widths=widths,
-        corpus_digest=manifest.corpus.digest,
-        source=manifest.source.name,
-        weights_sha256=manifest.source.weights_sha256,
-    )
-    pins = {sae.name: pin_initial(sae, widths[sae.hook_name]) for sae in settings.saes}
-    initial = {name: pin for name, pin in pins.items() if pin is not None}
-    identity = _identity(settings, manifest.digest, initial)
+    pins = [
+        DatasetPin(
+            url=part.url,
+            manifest_digest=part.manifest.digest,
+            n_chunks=part.n_chunks,
+            rows=part.manifest.rows,
+            corpus_digest=part.manifest.corpus.digest,
+            source=part.manifest.source.name,
+            weights_sha256=part.manifest.source.weights_sha256,
+        )
+        for part in data.parts
+    ]
+    starts = {sae.name: pin_initial(sae, widths[sae.hook_name]) for sae in settings.saes}
+    initial = {name: start for name, start in starts.items() if start is not None}
+    identity = _identity(settings, pins, initial)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return RunConfig(
         format_version=FORMAT_VERSION,
         run_id=f"{settings.name}-{digest[:8]}",
-        dataset=pin,
+        datasets=pins,
+        start=start,
+        widths=widths,
         settings=settings,
         initial=initial,
         loss_convention=LOSS_CONVENTION,
@@ -181,22 +205,23 @@ def resolve_run(settings: RunSettings, dataset: Dataset, start: int = 0) -> RunC
 
 
 def _identity(
-    settings: RunSettings, dataset_digest: str, initial: dict[str, InitialWeights]
+    settings: RunSettings, datasets: list[DatasetPin], initial: dict[str, InitialWeights]
 ) -> dict[str, object]:
-    """What makes a run this run: of imported weights what they are, not where they were."""
-    told = settings.model_dump(mode="json")
+    """What makes a run this run: of datasets and imported weights what they are, not where they are."""
+    told = settings.model_dump(mode="json", exclude={"datasets"})
     for sae in told["saes"]:
         del sae["init_from"]
-    identity: dict[str, object] = {"settings": told, "dataset": dataset_digest}
+    digests = [pin.manifest_digest for pin in datasets]
+    identity: dict[str, object] = {"settings": told, "datasets": digests}
     if initial:
         identity["initial"] = {name: pin.model_dump(mode="json") for name, pin in initial.items()}
     return identity
 
 
 def submit_run(
-    runs: ObjectStore, dataset: Dataset, settings: RunSettings, budget_chunks: int | None = None
+    runs: ObjectStore, data: JoinedDataset, settings: RunSettings, budget_chunks: int | None = None
 ) -> tuple[RunConfig, bool]:
-    """Store a run's config and register it as a reader of its dataset.
+    """Store a run's config and register it as a reader of its datasets.
 
     Args:
         budget_chunks: what the dataset holds at a time, if it keeps only a window.
@@ -208,24 +233,25 @@ def submit_run(
         ConfigError: the budget is too small for the run.
         UserError: the dataset has nothing left for it.
     """
-    config = resolve_run(settings, dataset)
+    config = resolve_run(settings, data)
     if runs.exists(config_key(config.run_id)):
         return load_run_config(runs, config.run_id), False
-    order, needs = config.order, chunks_needed(settings, dataset.n_chunks)
+    order, needs = config.order, chunks_needed(settings, data.n_chunks)
     if budget_chunks is not None and budget_chunks < needs:
         raise ConfigError(
             f"dataset.budget_bytes: holds {budget_chunks} chunks, but run {settings.name} needs {needs} "
             f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
         )
-    # the reader record comes first: nothing the run needs may vanish once it exists
+    # the reader records come first: nothing the run needs may vanish once it exists
     reader = Reader(config.run_id, runs.url, 0, needs)
-    floor = register_reader(dataset.store, reader, dataset.manifest.retention == "window")
+    # what keeps only a window is read alone: its chunks' numbers are positions
+    floor = max(register_reader(part.store, reader, data.keeps_window) for part in data.parts)
     start = -(-floor // order.window_chunks) * order.window_chunks
-    if start >= dataset.n_chunks:
+    if start >= data.n_chunks:
         raise UserError(
-            f"run {config.run_id}: {dataset.url} keeps only a window, and nothing of it is left to read"
+            f"run {config.run_id}: {data.url} keeps only a window, and nothing of it is left to read"
         )
-    config = resolve_run(settings, dataset, start)
+    config = resolve_run(settings, data, start)
     store_initial(runs, config.run_id, settings.saes, config.initial)
     new = runs.create_guarded(config_key(config.run_id), config.model_dump(mode="json"))
     return (config, True) if new else (load_run_config(runs, config.run_id), False)
@@ -257,16 +283,17 @@ def run_ids(runs: ObjectStore) -> list[str]:
     return sorted(found)
 
 
-def open_pinned(config: RunConfig) -> Dataset:
-    """Open a run's dataset and check that it is the one pinned.
+def open_pinned(config: RunConfig) -> JoinedDataset:
+    """Open a run's datasets and check that they are those pinned.
 
     Raises:
-        ConfigError: another dataset is at that URL now.
+        ConfigError: another dataset is at one of the URLs now.
     """
-    dataset = open_dataset(config.dataset.url)
-    if dataset.manifest.digest != config.dataset.manifest_digest:
-        raise ConfigError(
-            f"run {config.run_id}: the dataset at {config.dataset.url} is not the one it was submitted "
-            "with (its manifest differs); restore that dataset or submit the run again"
-        )
-    return dataset
+    data = open_datasets(config.dataset_urls)
+    for pin, part in zip(config.datasets, data.parts, strict=True):
+        if part.manifest.digest != pin.manifest_digest:
+            raise ConfigError(
+                f"run {config.run_id}: the dataset at {pin.url} is not the one it was submitted with (its "
+                "manifest differs); restore that dataset or submit the run again"
+            )
+    return data

@@ -26,14 +26,13 @@ class Group:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.position = config.dataset.start
+        self.position = config.start
         self.step = self.rows = 0
         self.total_steps = config.total_steps()
         self.figures: dict[str, Figures] = {}
         self._starts: dict[str, SAE] = {}
         self.members = {
-            sae.name: SAETraining(config.dataset.widths[sae.hook_name], sae, device)
-            for sae in config.settings.saes
+            sae.name: SAETraining(config.widths[sae.hook_name], sae, device) for sae in config.settings.saes
         }
 
     def restore(self, head: Head, files: dict[str, bytes]) -> None:
@@ -44,7 +43,7 @@ class Group:
         """
         if not head.checkpoint:
             saes, config = self.config.settings.saes, self.config
-            self._starts = starting_points(saes, config.dataset.widths, config.initial, files)
+            self._starts = starting_points(saes, config.widths, config.initial, files)
             return
         self.position, self.step, self.rows = head.position, head.step, head.rows
         self.figures = {name: dict(figures) for name, figures in head.metrics.items()}

@@ -53,7 +53,7 @@ def load_saes(
     for name in wanted:
         weights = safetensors.torch.load(files[f"sae/{name}"])
         scale = float(weights.pop("scale"))
-        sae = build(config.dataset.widths[settings[name].hook_name], settings[name])
+        sae = build(config.widths[settings[name].hook_name], settings[name])
         sae.load_state_dict(weights)
         sae.fold_scale(scale)
         loaded[name] = sae.eval().requires_grad_(False)

@@ -62,7 +62,7 @@ def train(
                 return "stopped"
         bad = group.end_window(loaded)
         if bad is not None:
-            raise _diverged(lineage, bad, loaded)
+            raise _diverged(group, lineage, bad, loaded)
         seconds = time.monotonic() - started - waited
         observer.window_ended(group, seconds)
         history.append(group.history_point(seconds, waited, time.time()))
@@ -109,12 +109,12 @@ def _commit(
     observer.committed(group, head, time.monotonic() - started)
 
 
-def _diverged(lineage: Lineage, bad: tuple[str, int], loaded: LoadedWindow) -> Diverged:
+def _diverged(group: Group, lineage: Lineage, bad: tuple[str, int], loaded: LoadedWindow) -> Diverged:
     """End the run at its last good head, naming what went wrong."""
     name, step = bad
-    chunks = ", ".join(map(str, loaded.chunks))
+    chunks = ", ".join(map(group.config.name_of, loaded.chunks))
     reason = (
-        f"loss or weights of {name} are not finite at step {step}, in the window of chunks {chunks}; "
+        f"loss or weights of {name} are not finite at step {step}, in the window of {chunks}; "
         f"lower its lr, or look at these chunks. Head {lineage.head.n} is the last good one"
     )
     lineage.end("failed", reason)

@@ -2,12 +2,13 @@
 
 import threading
 import time
+from collections.abc import Sequence
 
 import redis
 
 from penstock.common.errors import DataError, Detached
 from penstock.common.logs import LOGGER
-from penstock.store.dataset import Dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.queue import ChunkQueue, Presence
 from penstock.store.retention import detached_because
 
@@ -28,14 +29,19 @@ class Mender:
 
     Args:
         run_id: the run that reads.
-        repairs: the queue of chunks to be made again.
+        repairs: the queue of chunks to be made again, of each dataset that is read.
         presence: tells whether a producer is there.
     """
 
     def __init__(
-        self, dataset: Dataset, run_id: str, repairs: ChunkQueue, presence: Presence, stop: threading.Event
+        self,
+        data: JoinedDataset,
+        run_id: str,
+        repairs: Sequence[ChunkQueue],
+        presence: Presence,
+        stop: threading.Event,
     ) -> None:
-        self._dataset = dataset
+        self._data = data
         self._run = run_id
         self._repairs = repairs
         self._presence = presence
@@ -50,46 +56,56 @@ class Mender:
             DataError: nobody can make it again.
             Stopped: the worker is to stop.
         """
-        because = detached_because(self._dataset.store, self._run)
+        dataset, index = self._data.locate(chunk)
+        because = detached_because(dataset.store, self._run)
         if because is not None:
             raise Detached(
-                f"run {self._run} was detached from {self._dataset.url} ({because}) and chunk {chunk} is gone"
+                f"run {self._run} was detached from {dataset.url} ({because}) and chunk {index} is gone"
             )
         self._tries[chunk] = self._tries.get(chunk, 0) + 1
         if self._tries[chunk] > TRIES:
             raise type(error)(f"{error}; it was made again {TRIES} times and still cannot be read")
-        LOGGER.warning("%s; asking for chunk %d to be made again", error, chunk)
+        name = self._data.name_of(chunk)
+        LOGGER.warning("%s; asking for %s to be made again", error, name)
         self.ask(chunk)
         alone_since = time.monotonic()
         while not self._stop.wait(POLL_SECONDS):
             if not self._is_open(chunk):
                 return
-            if self.someone_produces():
+            if self.someone_produces(chunk):
                 alone_since = time.monotonic()
             elif time.monotonic() - alone_since > ALONE_SECONDS:
                 raise type(error)(
-                    f"{error}; no producer is there to make chunk {chunk} again: start one, or call "
+                    f"{error}; no producer is there to make {name} again: start one, or call "
                     "`penstock repair CONFIG`"
                 )
         raise Stopped
 
     def ask(self, chunk: int) -> None:
         """Ask for a chunk to be made (again)."""
+        queue, index = self._queue(chunk)
         try:
-            self._repairs.ask(chunk)
+            queue.ask(index)
         except redis.RedisError as error:
-            LOGGER.warning("the repair of chunk %d cannot be asked for: %s", chunk, error)
+            name = self._data.name_of(chunk)
+            LOGGER.warning("the repair of %s cannot be asked for: %s", name, error)
 
-    def someone_produces(self) -> bool:
-        """Whether a producer of this dataset has shown itself lately."""
+    def someone_produces(self, chunk: int) -> bool:
+        """Whether a producer of the dataset that holds a chunk has shown itself lately."""
+        url = self._data.locate(chunk)[0].url
         try:
             words = self._presence.everyone().values()
         except redis.RedisError:
             return False
-        return any(w.get("kind") == "producer" and w.get("dataset") == self._dataset.url for w in words)
+        return any(w.get("kind") == "producer" and w.get("dataset") == url for w in words)
 
     def _is_open(self, chunk: int) -> bool:
+        queue, index = self._queue(chunk)
         try:
-            return self._repairs.is_open(chunk)
+            return queue.is_open(index)
         except redis.RedisError:
             return True
+
+    def _queue(self, chunk: int) -> tuple[ChunkQueue, int]:
+        """Where the repair of a chunk is asked for, and as which index."""
+        return self._repairs[self._data.part_of(chunk)], self._data.locate(chunk)[1]

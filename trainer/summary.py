@@ -1,11 +1,13 @@
 """summary.json: what a run came to, from its heads, its history and the evaluation."""
 
+from itertools import accumulate
 from typing import Any
 
 from penstock.common.errors import UserError
 from penstock.store.corpus import Corpus
 from penstock.store.dataset import Dataset
 from penstock.store.heads import Head, chain, newest_head
+from penstock.store.joined import JoinedDataset
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import RunConfig
 from penstock.trainer.lineage import load_history
@@ -22,7 +24,7 @@ def last_head(runs: ObjectStore, config: RunConfig) -> Head:
 def summarise(
     runs: ObjectStore,
     config: RunConfig,
-    dataset: Dataset,
+    data: JoinedDataset,
     corpus: Corpus,
     evaluation: dict[str, Any],
     evaluate_seconds: float,
@@ -35,7 +37,8 @@ def summarise(
     head = last_head(runs, config)
     heads = chain(runs, config.run_id, head)
     history = load_history(runs, config.run_id, head)
-    chunks = _production(dataset)
+    made = [_production(part) for part in data.parts]
+    chunks = _added_up(made)
     created = heads[-1].time
     settings = config.settings
     waited = sum(point["waited_seconds"] for point in history)
@@ -48,18 +51,17 @@ def summarise(
         "finished": head.time,
         "strict": settings.strict,
         "model": {
-            "name": dataset.manifest.source.name,
-            "weights_sha256": dataset.manifest.source.weights_sha256,
+            "name": data.parts[0].manifest.source.name,
+            "weights_sha256": data.parts[0].manifest.source.weights_sha256,
         },
         "dataset": {
-            "url": dataset.url,
-            "rows": dataset.manifest.total_rows,
-            "chunks": dataset.n_chunks,
-            "bytes": dataset.n_chunks * dataset.manifest.chunk_bytes(),
-            "hooks": {hook.name: hook.d_in for hook in dataset.manifest.hooks},
-            "context": dataset.manifest.context,
-            "corpus": corpus.manifest.description,
-            "digest": dataset.manifest.digest,
+            "rows": sum(part.manifest.total_rows for part in data.parts),
+            "chunks": data.n_chunks,
+            "bytes": sum(part.n_chunks * part.manifest.chunk_bytes() for part in data.parts),
+            "hooks": _hooks(data),
+            "context": corpus.manifest.context,
+            "corpus": "; ".join(dict.fromkeys(part.manifest.corpus.description for part in data.parts)),
+            "parts": [{"url": part.url, "digest": part.manifest.digest} for part in data.parts],
         },
         "training": {
             "batch_rows": settings.batch_rows,
@@ -74,7 +76,7 @@ def summarise(
         "saes": [_sae(config, head, sae.name, evaluation) for sae in settings.saes],
         "controls": evaluation["controls"],
         "stages": [
-            _harvest_stage(dataset, chunks),
+            _harvest_stage(made),
             {
                 "name": "train",
                 "seconds": trained + waited,
@@ -96,7 +98,7 @@ def _sae(config: RunConfig, head: Head, name: str, evaluation: dict[str, Any]) -
         "name": name,
         "hook_name": settings.hook_name,
         "architecture": settings.architecture,
-        "d_in": config.dataset.widths[settings.hook_name],
+        "d_in": config.widths[settings.hook_name],
         "d_sae": settings.d_sae,
         "rows": head.rows,
         "steps": head.step,
@@ -116,24 +118,35 @@ def _sae(config: RunConfig, head: Head, name: str, evaluation: dict[str, Any]) -
 
 
 def _production(dataset: Dataset) -> list[tuple[float, int]]:
-    """(time, rows committed so far) of each commit, from provenance records, oldest first."""
+    """(time, rows) of each commit, from provenance records, oldest first."""
     times: dict[int, float] = {}
     for key, _ in dataset.store.list("provenance/"):
         if key.endswith(".json"):
             record = dataset.store.get_record(key)
             index, when = record["index"], record["time"]
             times[index] = min(when, times.get(index, when))
-    total, points = 0, []
-    for index, when in sorted(times.items(), key=lambda item: item[1]):
-        total += dataset.manifest.rows[index]
-        points.append((when, total))
-    return points
+    commits = sorted(times.items(), key=lambda item: item[1])
+    return [(when, dataset.manifest.rows[index]) for index, when in commits]
 
 
-def _harvest_stage(dataset: Dataset, chunks: list[tuple[float, int]]) -> dict[str, Any]:
-    seconds = chunks[-1][0] - chunks[0][0] if len(chunks) > 1 else 0.0
-    # the first commit's own duration is not recorded, so its rows are left out of the rate
-    rows = chunks[-1][1] - chunks[0][1] if chunks else 0
+def _added_up(made: list[list[tuple[float, int]]]) -> list[tuple[float, int]]:
+    """(time, rows committed so far) of each commit of any dataset, oldest first."""
+    commits = sorted(commit for part in made for commit in part)
+    totals = accumulate(rows for _, rows in commits)
+    return [(when, total) for (when, _), total in zip(commits, totals, strict=True)]
+
+
+def _hooks(data: JoinedDataset) -> dict[str, int]:
+    """Hook point -> d_in, of those that every dataset holds."""
+    shared = set.intersection(*({hook.name for hook in part.manifest.hooks} for part in data.parts))
+    return {hook.name: hook.d_in for hook in data.parts[0].manifest.hooks if hook.name in shared}
+
+
+def _harvest_stage(made: list[list[tuple[float, int]]]) -> dict[str, Any]:
+    # datasets may have been made months apart: only the time spent on each counts
+    seconds = sum(part[-1][0] - part[0][0] for part in made if part)
+    # a first commit's own duration is not recorded, so its rows are left out of the rate
+    rows = sum(rows for part in made for _, rows in part[1:])
     return {
         "name": "harvest",
         "seconds": seconds,

@@ -9,13 +9,14 @@ import redis
 from penstock.common import metrics
 from penstock.common.errors import DataError
 from penstock.common.logs import LOGGER
-from penstock.store.layout import commit_key
-from penstock.store.objects import ObjectStore
+from penstock.store.joined import JoinedDataset
 from penstock.store.queue import Feed
 from penstock.trainer.mending import Mender, Stopped
 
 BLOCK_MS = 500
 """How long one read of the feed waits: short, so that a stop is noticed."""
+GLANCE_MS = 1
+"""…and how long where producers of another dataset may have to go on."""
 REMIND_SECONDS = 60.0
 """A worker that waits for a chunk says so this often."""
 
@@ -28,8 +29,11 @@ class Supply:
     the feed is silent although the commit exists, the worker feeds itself. Redis may be away: then
     only the store is asked.
 
+    A producer knows its own dataset only, so it stops feeding before another one's chunk. At such a place
+    the worker does not wait for the feed to be silent before it looks at the store.
+
     Args:
-        store: the dataset's.
+        data: the run's.
         mender: has chunks made that are missing or damaged.
         register: lets producers know of the feed, as often as may be needed.
         beat: called whenever a poll was answered.
@@ -38,20 +42,22 @@ class Supply:
     def __init__(
         self,
         feed: Feed,
-        store: ObjectStore,
+        data: JoinedDataset,
         mender: Mender,
         register: Callable[[], None],
         stop: threading.Event,
         beat: Callable[[], None],
     ) -> None:
-        self.waiting_for: int | None = None
+        self.waiting_for: str | None = None
+        """The chunk that the worker waits for, as messages call it."""
         self._feed = feed
-        self._store = store
+        self._data = data
         self._mender = mender
         self._register = register
         self._stop = stop
         self._beat = beat
         self._fed: dict[int, int] = {}
+        self._part: int | None = None
 
     def await_chunk(self, position: int, chunk: int) -> None:
         """Return once `chunk` is committed.
@@ -59,7 +65,7 @@ class Supply:
         Raises:
             Stopped: the worker is to stop.
         """
-        self.waiting_for = chunk
+        self.waiting_for = self._data.name_of(chunk)
         reminded = time.monotonic()
         while not self._stop.is_set():
             if self.is_there(position, chunk):
@@ -72,7 +78,9 @@ class Supply:
 
     def is_there(self, position: int, chunk: int) -> bool:
         """Whether the chunk of a position is committed: one look, which may block for a moment."""
-        return self._fed.pop(position, None) == chunk or self._poll(position, chunk)
+        before, self._part = self._part, self._data.part_of(chunk)
+        glance = before not in (None, self._part)
+        return self._fed.pop(position, None) == chunk or self._poll(position, chunk, glance)
 
     def mend(self, chunk: int, error: DataError) -> None:
         """See `Mender.mend`."""
@@ -80,15 +88,16 @@ class Supply:
         self._beat()
 
     def _remind(self, chunk: int) -> None:
-        if self._mender.someone_produces():
-            LOGGER.info("waiting for chunk %d, which producers have yet to make", chunk)
+        name = self._data.name_of(chunk)
+        if self._mender.someone_produces(chunk):
+            LOGGER.info("waiting for %s, which producers have yet to make", name)
         else:
-            LOGGER.warning("waiting for chunk %d, and no producer is there: start one", chunk)
+            LOGGER.warning("waiting for %s, and no producer is there: start one", name)
             self._mender.ask(chunk)
 
-    def _poll(self, position: int, chunk: int) -> bool:
+    def _poll(self, position: int, chunk: int, glance: bool) -> bool:
         try:
-            entries = self._feed.read(position, BLOCK_MS)
+            entries = self._feed.read(position, GLANCE_MS if glance else BLOCK_MS)
             self._fed = {p: c for p, c in entries if p > position}
             if entries and entries[0] == (position, chunk):
                 self._beat()
@@ -104,7 +113,7 @@ class Supply:
         return self._committed(chunk)
 
     def _committed(self, chunk: int) -> bool:
-        there = self._store.exists(commit_key(chunk))
+        there = self._data.is_committed(chunk)
         self._beat()
         if there:
             self._feed_ahead()
@@ -115,6 +124,6 @@ class Supply:
             self._feed.open()
             # Redis may have lost it with everything else
             self._register()
-            self._feed.advance(lambda index: self._store.exists(commit_key(index)))
+            self._feed.advance(self._data.is_committed)
         except redis.RedisError as error:
             LOGGER.warning("the feed cannot be advanced: %s", error)

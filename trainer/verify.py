@@ -64,7 +64,7 @@ def remake_checkpoint(place: Workplace, run_id: str, head: Head) -> None:
     """
     config = load_run_config(place.runs, run_id)
     set_up_strict(config.settings.strict, place)
-    dataset = place.open_data(config)
+    data = place.open_data(config)
     group = place.group(config, place.device)
     for link in links(place.runs, run_id, head):
         if link.position < head.position:
@@ -74,7 +74,7 @@ def remake_checkpoint(place: Workplace, run_id: str, head: Head) -> None:
                 continue
             group.restore(link, there or load_initial(place.runs, run_id, config.initial))
             break
-    reader = WindowReader(dataset, config.hooks, config.order, AsStored())
+    reader = WindowReader(data, config.hooks, config.order, AsStored())
     skipped = reader.quarantined()
     while group.position < head.position:
         window = config.order.window(config.order.window_starting_at(group.position))

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -178,7 +179,7 @@ def carry_on(
     set_up_strict(strict, place)
     environment = place.environment(strict)
     check_environment(place.runs, run_id, environment, strict)
-    dataset = place.open_data(config)
+    data = place.open_data(config)
     lineage = _take_over(place, queue, config, environment, heartbeat, stop)
     if lineage is None:
         if not stop.is_set():
@@ -187,12 +188,11 @@ def carry_on(
     group = place.group(config, place.device)
     group.restore(lineage.head, lineage.load() or load_initial(place.runs, run_id, config.initial))
     leave = threading.Event()
-    chunks = _chunk_queue(place, config, repairs=True)
-    mender = Mender(dataset, run_id, chunks, Presence(place.client, place.redis.prefix, place.worker), leave)
-    spec = _feed_spec(queue, config, lineage)
-    feed, register = _open_feed(place, config, spec, chunks.feeds_key)
-    supply = Supply(feed, dataset.store, mender, register, leave, heartbeat.beat)
-    reader = WindowReader(dataset, config.hooks, config.order, supply)
+    presence = Presence(place.client, place.redis.prefix, place.worker)
+    mender = Mender(data, run_id, _chunk_queues(place, config, repairs=True), presence, leave)
+    feed, register = _open_feed(place, config, _feed_spec(queue, config, lineage))
+    supply = Supply(feed, data, mender, register, leave, heartbeat.beat)
+    reader = WindowReader(data, config.hooks, config.order, supply)
     loader = place.loader(reader, config.order.window_starting_at(group.position))
     observer = RunObserver(queue, feed, heartbeat, voice, supply, group, place.runs)
     try:
@@ -226,7 +226,7 @@ def _take_over(
     Raises:
         RunFailed: too many did.
     """
-    run_id, start = config.run_id, config.dataset.start
+    run_id, start = config.run_id, config.start
     barren = barren_takeovers(place.runs, run_id, newest_head(place.runs, run_id))
     for _ in range(backoff_seconds(barren)):
         heartbeat.beat()
@@ -262,9 +262,8 @@ def _failed(place: Workplace, queue: RunQueue, config: RunConfig, lineage: Linea
 
 def _forget(place: Workplace, queue: RunQueue, config: RunConfig) -> None:
     """A run has ended: nothing in Redis needs to speak of it."""
-    feeds_key = _chunk_queue(place, config).feeds_key
     forgiving(lambda: queue.remove(config.run_id))
-    forgiving(lambda: remove_feed(place.client, feeds_key, config.run_id))
+    forgiving(lambda: _remove_feed(place, config))
 
 
 def _feed_spec(queue: RunQueue, config: RunConfig, lineage: Lineage) -> FeedSpec:
@@ -272,32 +271,36 @@ def _feed_spec(queue: RunQueue, config: RunConfig, lineage: Lineage) -> FeedSpec
     return FeedSpec(
         key=queue.feed_key(config.run_id, lineage.takeover.n),
         start=lineage.head.position,
-        n_chunks=order.n_chunks,
+        sizes=order.sizes,
         epochs=order.epochs,
         window_chunks=order.window_chunks,
         seed=order.seed,
     )
 
 
-def _open_feed(
-    place: Workplace, config: RunConfig, spec: FeedSpec, feeds_key: str
-) -> tuple[Feed, Callable[[], None]]:
-    """The feed of a lineage, in place of the one before, and what lets producers know of it."""
-    feed = Feed(place.client, spec)
-    register = partial(register_feed, place.client, feeds_key, config.run_id, spec)
-    forgiving(lambda: remove_feed(place.client, feeds_key, config.run_id))
+def _open_feed(place: Workplace, config: RunConfig, spec: FeedSpec) -> tuple[Feed, Callable[[], None]]:
+    """The feed of a lineage, in place of the one before, and what lets all producers know of it."""
+    feed, queues = Feed(place.client, spec), _chunk_queues(place, config)
+
+    def register() -> None:
+        for part, chunks in enumerate(queues):
+            register_feed(place.client, chunks.feeds_key, config.run_id, replace(spec, part=part))
+
+    forgiving(lambda: _remove_feed(place, config))
     forgiving(feed.open)
     forgiving(register)
     return feed, register
 
 
-def _chunk_queue(place: Workplace, config: RunConfig, repairs: bool = False) -> ChunkQueue:
-    return ChunkQueue(
-        place.client,
-        place.redis.prefix,
-        config.dataset.url,
-        config.dataset.manifest_digest,
-        place.worker,
-        place.redis.lease_seconds,
-        repairs,
-    )
+def _remove_feed(place: Workplace, config: RunConfig) -> None:
+    for chunks in _chunk_queues(place, config):
+        remove_feed(place.client, chunks.feeds_key, config.run_id)
+
+
+def _chunk_queues(place: Workplace, config: RunConfig, repairs: bool = False) -> list[ChunkQueue]:
+    """The queue of each dataset that a run reads."""
+    client, prefix, lease = place.client, place.redis.prefix, place.redis.lease_seconds
+    return [
+        ChunkQueue(client, prefix, pin.url, pin.manifest_digest, place.worker, lease, repairs)
+        for pin in config.datasets
+    ]

@@ -14,8 +14,8 @@ from penstock.common.health import Health
 from penstock.common.heartbeat import Heartbeat
 from penstock.common.logs import LOGGER
 from penstock.common.redis import Client, RedisSettings
-from penstock.store.dataset import Dataset
 from penstock.store.heads import newest_head
+from penstock.store.joined import JoinedDataset
 from penstock.store.loader import WindowLoader, WindowReader
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import RunConfig, open_pinned
@@ -34,7 +34,7 @@ class Workplace:
         group: makes the SAEs of a run.
         loader: reads windows from a number on.
         heartbeat: calls a function as long as there is progress.
-        open_data: opens the dataset of a run.
+        open_data: opens the datasets of a run.
     """
 
     runs: ObjectStore
@@ -47,7 +47,7 @@ class Workplace:
     group: Callable[[RunConfig, torch.device], Group] = Group
     loader: Callable[[WindowReader, int], Loader] = WindowLoader
     heartbeat: Callable[[Callable[[], None], float, Health], Heartbeat] = Heartbeat
-    open_data: Callable[[RunConfig], Dataset] = open_pinned
+    open_data: Callable[[RunConfig], JoinedDataset] = open_pinned
 
     def environment(self, strict: bool) -> dict[str, Any]:
         """What the bits of a training depend on."""

@@ -11,6 +11,7 @@ from chaos.compare import Facts, Verdict, gather, judge, rows_along
 from chaos.disturbed import Tally
 from chaos.light import chunk_rows
 from penstock.store.dataset import Dataset, DatasetWriter, open_dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.local import LocalStore
 from penstock.store.objects import open_store
 from penstock.trainer.config import RunConfig, submit_run
@@ -29,7 +30,7 @@ def train(
     """A run with the given windows in its history; nothing is computed."""
     dataset = open_dataset(str(directory / "dataset"))
     runs = LocalStore(str(directory / "runs"))
-    config, _ = submit_run(runs, dataset, run_settings(epochs=2))
+    config, _ = submit_run(runs, JoinedDataset([dataset]), run_settings(epochs=2))
     lineage = take_over(runs, config.run_id, {})
     assert lineage is not None
     windows, rows = list(windows), excess
@@ -215,7 +216,7 @@ def test_a_head_that_passes_one_over_is_found(reference: Facts, tmp_path: Path) 
 def test_a_run_that_is_not_done_is_found(reference: Facts, tmp_path: Path) -> None:
     dataset = open_dataset(str(experiment(tmp_path) / "dataset"))
     runs = LocalStore(str(tmp_path / "runs"))
-    config, _ = submit_run(runs, dataset, run_settings(epochs=2))
+    config, _ = submit_run(runs, JoinedDataset([dataset]), run_settings(epochs=2))
     assert take_over(runs, config.run_id, {}) is not None
     found = verdict(reference, tmp_path)
     assert f"run {config.run_id}: it is running: None" in found.faults

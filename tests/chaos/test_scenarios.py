@@ -174,7 +174,7 @@ def test_sigterm_at_a_window_boundary_commits_what_was_done(tmp_path: Path, valk
 
         def waits() -> bool:
             word = scenario.presence(client).get(trainer.name() or "", {})
-            return word.get("waiting_for") == 8 and word.get("run") == held
+            return word.get("waiting_for") == "chunk 8" and word.get("run") == held
 
         eventually(waits, 60)
         trainer.process.terminate()

@@ -79,6 +79,22 @@ def test_relative_places_are_below_the_workdir(tmp_path: Path) -> None:
     assert load_config(path, workdir="/elsewhere").dataset.url == "/elsewhere/dataset"
 
 
+def test_datasets_of_runs_and_earlier_ones_are_below_the_workdir_too(tmp_path: Path) -> None:
+    data = copy.deepcopy(GOOD) | {"workdir": str(tmp_path / "work")}
+    data["dataset"]["after"] = "first"
+    data["runs"][0]["datasets"] = ["first", "s3://bucket/second", "dataset"]
+    config = load(tmp_path, data)
+    work = str(tmp_path / "work")
+    assert config.dataset.after == [f"{work}/first"], "one may stand for a list of one"
+    assert config.runs[0].datasets == [f"{work}/first", "s3://bucket/second", f"{work}/dataset"]
+    assert config.dataset_urls() == [f"{work}/dataset", f"{work}/first", "s3://bucket/second"]
+    data["runs"][0]["datasets"] = []
+    assert load(tmp_path, data).dataset_urls() == [f"{work}/dataset"]
+    data["dataset"]["after"] = ["first", "dataset"]
+    with pytest.raises(ConfigError, match=r"dataset\.after: .*/dataset is the dataset itself"):
+        load(tmp_path, data)
+
+
 def test_settings_do_not_change(tmp_path: Path) -> None:
     config = load(tmp_path, GOOD)
     with pytest.raises(ValueError, match="frozen"):

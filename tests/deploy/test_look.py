@@ -8,6 +8,7 @@ import pytest
 from penstock.deploy import look, state
 from penstock.deploy.config import Config
 from penstock.store import dataset as dataset_module
+from penstock.store.joined import JoinedDataset
 from penstock.store.layout import BLOCK_CHUNKS
 from penstock.store.objects import ObjectStore, open_store
 from penstock.trainer.config import submit_run
@@ -46,7 +47,9 @@ def config(tmp_path: Path) -> Config:
     config = Config.model_validate(settings)
     store, manifest = open_store(config.dataset.url), big_manifest(N)
     write_big(store, manifest, range(N - 10, N - 10 + TAIL))
-    submit_run(open_store(config.runs_url), dataset_module.Dataset(store, manifest), config.runs[0])
+    submit_run(
+        open_store(config.runs_url), JoinedDataset([dataset_module.Dataset(store, manifest)]), config.runs[0]
+    )
     return config
 
 

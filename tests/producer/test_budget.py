@@ -34,7 +34,7 @@ class Reading:
         self.run = run
         self._runs = LocalStore(str(runs))
         start = register_reader(dataset.store, Reader(run, self._runs.url, 0, 1))
-        self._runs.create_guarded(config_key(run), {"format_version": 1, "dataset": {"start": start}})
+        self._runs.create_guarded(config_key(run), {"format_version": 1, "start": start})
 
     def train(self, *positions: int) -> None:
         commit_heads(self._runs, self.run, *positions)

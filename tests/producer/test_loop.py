@@ -230,7 +230,7 @@ def test_commits_are_announced_in_reading_order(client: Client, tmp_path: Path) 
     url = tmp_path / "dataset"
     feeds = []
     for number, start in enumerate((0, 4)):
-        spec = FeedSpec(f"{prefix}:feed{number}", start, CHUNKS, 2, 4, number)
+        spec = FeedSpec(f"{prefix}:feed{number}", start, (CHUNKS,), 2, 4, number)
         feeds.append(Feed(client, spec))
         feeds[-1].open()
     slow = Producer(client, prefix, url, "slow")

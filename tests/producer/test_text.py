@@ -10,7 +10,6 @@ from penstock.common.errors import ConfigError
 from penstock.producer.text import (
     HELD_OUT_RULE,
     Document,
-    dataset_documents,
     file_paths,
     is_held_out,
     read_documents,
@@ -127,38 +126,3 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     for pattern in ("*.md", "fold*"):
         with pytest.raises(ConfigError, match=r"corpus\.files: no file matches"):
             file_paths([str(tmp_path / "*.txt"), str(tmp_path / pattern)])
-
-
-@pytest.fixture
-def saved_dataset(tmp_path: Path) -> Path:
-    import datasets
-
-    table = datasets.Dataset.from_dict({"text": ["first", "", "third"], "body": ["x", "y", "z"]})
-    table.save_to_disk(str(tmp_path / "saved"))
-    return tmp_path / "saved"
-
-
-def test_rows_of_a_saved_dataset_are_documents(saved_dataset: Path) -> None:
-    assert list(dataset_documents(str(saved_dataset), "text")) == [
-        Document("row-000000000", "first"),
-        Document("row-000000002", "third"),
-    ]
-    assert [d.text for d in dataset_documents(str(saved_dataset), "body")] == ["x", "y", "z"]
-
-
-def test_the_training_split_of_a_saved_dataset_is_taken(tmp_path: Path) -> None:
-    import datasets
-
-    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("test", "train")}
-    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "both"))
-    assert list(dataset_documents(str(tmp_path / "both"), "text")) == [Document("row-000000000", "train")]
-
-
-def test_a_dataset_that_cannot_be_read_is_refused(saved_dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"corpus\.dataset: .*nowhere is not a directory"):
-        list(dataset_documents(str(tmp_path / "nowhere"), "text"))
-    with pytest.raises(ConfigError, match=r"corpus\.column: no column 'txt'.*Did you mean text"):
-        list(dataset_documents(str(saved_dataset), "txt"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"corpus\.dataset: .*cannot be read"):
-        list(dataset_documents(str(tmp_path / "empty"), "text"))

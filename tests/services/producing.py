@@ -2,19 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 
 from penstock.common.redis import Client
 from penstock.producer.loop import produce
 from penstock.producer.sink import Sink
 from penstock.producer.work import Work
-from penstock.store.dataset import Chunk, DatasetWriter
+from penstock.store.dataset import Chunk, Dataset, DatasetWriter
 from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore, open_store
-from penstock.store.queue import ChunkQueue
+from penstock.store.queue import ChunkQueue, repairs_wanted
 from penstock.store.retention import Retention
+from services.runs import Bench
 from services.synthetic import SyntheticSource, make_manifest
 
 
@@ -113,3 +115,28 @@ def run_together(producers: Iterable[Producer]) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@contextmanager
+def mended_by(
+    bench: Bench, dataset: Dataset, source: Callable[[], CountingSource] | None = None
+) -> Iterator[list[int]]:
+    """Whenever a repair is asked for, a producer comes; gives what they made."""
+    made: list[int] = []
+    stop = threading.Event()
+
+    def produce() -> None:
+        while not stop.wait(0.01):
+            if repairs_wanted(bench.client, bench.redis.prefix, dataset.url, dataset.manifest.digest):
+                using = source() if source else CountingSource(dataset.manifest)
+                place = (bench.client, bench.redis.prefix, dataset.url, "producer", using)
+                Producer(*place, manifest=dataset.manifest).run()
+                made.extend(using.made)
+
+    producing = threading.Thread(target=produce, daemon=True)
+    producing.start()
+    try:
+        yield made
+    finally:
+        stop.set()
+        producing.join()

@@ -1,7 +1,7 @@
 """Training runs on synthetic datasets: settings, submitting, workers in this process."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from penstock.common.health import Health
 from penstock.common.redis import Client, RedisSettings
 from penstock.store.dataset import Dataset
 from penstock.store.heads import Head, chain, newest_head
+from penstock.store.joined import JoinedDataset
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import RunConfig, RunSettings, submit_run
 from penstock.trainer.worker import work
@@ -68,7 +69,14 @@ class Bench:
         self._workers = 0
 
     def submit(self, dataset: Dataset, budget_chunks: int | None = None, **changes: Any) -> RunConfig:
-        config, _ = submit_run(self.runs, dataset, run_settings(**changes), budget_chunks)
+        return self.submit_joined([dataset], budget_chunks, **changes)
+
+    def submit_joined(
+        self, datasets: Sequence[Dataset], budget_chunks: int | None = None, **changes: Any
+    ) -> RunConfig:
+        """A run that reads several datasets as one."""
+        data = JoinedDataset(datasets)
+        config, _ = submit_run(self.runs, data, run_settings(**changes), budget_chunks)
         return config
 
     def place(self) -> Workplace:

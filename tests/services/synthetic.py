@@ -30,14 +30,16 @@ def make_manifest(
     rows: list[int] | None = None,
     hooks: dict[str, int] | None = None,
     retention: Literal["keep", "window"] = "keep",
+    first_sequence: int = 0,
 ) -> Manifest:
-    """The plan of a synthetic dataset."""
+    """The plan of a synthetic dataset; its rows are a function of the sequences that they come from."""
     rows = ROWS if rows is None else rows
     return Manifest(
         format_version=FORMAT_VERSION,
         corpus=CorpusPin(
             digest="c" * 64,
             description="synthetic",
+            first_sequence=first_sequence,
             n_sequences=10 * len(rows),
             context=CONTEXT,
             tokenizer_sha256="t" * 64,
@@ -78,20 +80,21 @@ class SyntheticSource:
     def chunk(self, index: int) -> Chunk:
         rows = self._manifest.rows[index]
         place = np.arange(rows)
+        first = self._manifest.corpus.first_sequence + 10 * index
         return Chunk(
             index=index,
-            acts={hook.name: self._acts(index, rows, hook) for hook in self._manifest.hooks},
+            acts={hook.name: self._acts(first // 10, rows, hook) for hook in self._manifest.hooks},
             tokens=(1 + place % 50).astype(np.int32),
-            sequence=(10 * index + place // CONTEXT).astype(np.int64),
+            sequence=(first + place // CONTEXT).astype(np.int64),
             position=(place % CONTEXT).astype(np.int32),
         )
 
     def _acts(
-        self, index: int, rows: int, hook: HookSpec
+        self, block: int, rows: int, hook: HookSpec
     ) -> "np.ndarray[tuple[int, int], np.dtype[np.generic]]":
         salt = zlib.crc32(hook.name.encode())
         directions = np.random.default_rng(salt).standard_normal((2 * hook.d_in, hook.d_in))
-        random = np.random.default_rng([salt, index])
+        random = np.random.default_rng([salt, block])
         strengths = random.random((rows, len(directions))) * (random.random((rows, len(directions))) < 0.1)
         acts = strengths @ directions + 0.05 * random.standard_normal((rows, hook.d_in)) + 0.3
         return acts.astype(np.float32).astype(BFLOAT16)

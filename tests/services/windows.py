@@ -61,7 +61,7 @@ class Window:
         return register_reader(self.store, Reader(run, self.runs.url, 0, needs))
 
     def configure(self, run: str, start: int) -> None:
-        self.runs.create_guarded(config_key(run), {"format_version": 1, "dataset": {"start": start}})
+        self.runs.create_guarded(config_key(run), {"format_version": 1, "start": start})
 
     def submit(self, run: str) -> int:
         """As `submit_run` does it; returns where the run begins."""

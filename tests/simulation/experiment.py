@@ -1,4 +1,4 @@
-"""One schedule: producers, trainers and runs of a tiny dataset, and everything that goes wrong.
+"""One schedule: producers, trainers and runs of one or two tiny datasets, and everything that goes wrong.
 
 The produce loop, work and sink, the feeds, the worker, its training loop, supply and mender, heads,
 retention, the queue with its scripts and `S3Store` are the real ones. Random choices of the seed decide the
@@ -20,8 +20,10 @@ from penstock.producer.loop import produce
 from penstock.producer.sink import Sink
 from penstock.producer.work import Work
 from penstock.store.arrays import dataset_arrays, zarr_metadata
-from penstock.store.dataset import DatasetWriter, open_dataset
+from penstock.store.dataset import DatasetWriter
+from penstock.store.joined import open_datasets
 from penstock.store.layout import acts_array, chunk_key
+from penstock.store.manifest import Manifest
 from penstock.store.objects import open_store
 from penstock.store.queue import ChunkQueue, Presence
 from penstock.store.retention import Retention
@@ -35,7 +37,7 @@ from simulation.redis import MemoryRedis
 from simulation.s3 import MemoryS3, Object
 from simulation.scheduler import Event, Process, Scheduler
 
-DATASET, RUNS = "s3://house/dataset", "s3://house/runs"
+DATASETS, RUNS = ("s3://house/dataset", "s3://house/more"), "s3://house/runs"
 LEASE_SECONDS = 10.0
 STORM_SECONDS = 300.0
 REDIS_FATES = ("wipe", "roll back", "fail over", "silence")
@@ -44,7 +46,7 @@ CALM_SECONDS = 6000.0
 
 
 class Experiment:
-    """A dataset being made and trained on. `run` raises if any invariant is broken."""
+    """Datasets being made and trained on. `run` raises if any invariant is broken."""
 
     def __init__(self, seed: int, plan: "Plan | None" = None) -> None:
         self.world = Scheduler(seed, stickiness=0.5)
@@ -52,16 +54,25 @@ class Experiment:
         self.plan = plan or Plan(draw)
         self.s3 = MemoryS3(self.world)
         self.redis = MemoryRedis(self.world)
-        self.manifest = tiny_manifest(self.plan.rows, self.plan.retention)
-        # zarr-python has a thread of its own, which must not be a simulated one
-        zarr_metadata(tuple(dataset_arrays(self.manifest)))
+        self.manifests: dict[str, Manifest] = {}
+        end = 0
+        for url, rows in zip(DATASETS, self.plan.rows, strict=False):
+            self.manifests[url] = tiny_manifest(rows, self.plan.retention, end)
+            end = self.manifests[url].corpus.end
+            # zarr-python has a thread of its own, which must not be a simulated one
+            zarr_metadata(tuple(dataset_arrays(self.manifests[url])))
         self.calm = False
         self._submitted: set[str] = set()
         self._refused: set[str] = set()
         self._over: set[str] = set()
         self._names: dict[str, int] = {}
         self._stops: dict[str, Event] = {}
-        self.invariants = Invariants(self.s3, self.redis, self.manifest, self.plan)
+        self.invariants = Invariants(
+            self.s3,
+            self.redis,
+            {_prefix(url): manifest for url, manifest in self.manifests.items()},
+            self.plan,
+        )
 
     def run(self) -> None:
         """The whole schedule: a storm, then calm until everything is done."""
@@ -69,7 +80,9 @@ class Experiment:
             self._set_faults()
             operator = self.world.process("operator")
             for number in range(self.plan.producers):
-                operator.spawn(partial(self._keep, f"producer-{number}", self._produce), f"p{number}")
+                url = list(self.manifests)[number % len(self.manifests)]
+                making = partial(self._produce, url)
+                operator.spawn(partial(self._keep, f"producer-{number}", making), f"p{number}")
             for number in range(self.plan.trainers):
                 operator.spawn(partial(self._keep, f"trainer-{number}", self._train), f"t{number}")
             for number, settings in enumerate(self.plan.runs):
@@ -105,9 +118,9 @@ class Experiment:
                 self.world.sleep(5.0, f"looks after {name}")
             self.world.sleep(self.world.random.random() * 10)
 
-    def _produce(self, process: Process, stop: Event) -> None:
-        store = open_store(DATASET)
-        writer = DatasetWriter(store, self.manifest, Inline())
+    def _produce(self, url: str, process: Process, stop: Event) -> None:
+        store = open_store(url)
+        writer = DatasetWriter(store, self.manifests[url], Inline())
         client: Any = self.redis.client()
         address = (client, "sim", store.url, writer.manifest.digest, process.name, LEASE_SECONDS)
         queue, repairs = ChunkQueue(*address), ChunkQueue(*address, repairs=True)
@@ -125,7 +138,7 @@ class Experiment:
             writer, producing, client, queue.feeds_key, process.name, lambda index, rows: None, Inline()
         )
         try:
-            produce(producing, TinySource(self.manifest, maker, self.plan.work_seconds), sink, stop)
+            produce(producing, TinySource(writer.manifest, maker, self.plan.work_seconds), sink, stop)
         finally:
             heartbeat.close()
         producing.release()
@@ -150,8 +163,8 @@ class Experiment:
             self._turns(self.world.random.randrange(2000))
         while not stop.is_set() and process.name not in self._over:
             try:
-                dataset = open_dataset(DATASET)
-                config, _ = submit_run(open_store(RUNS), dataset, settings, self.plan.budget)
+                data = open_datasets(self.plan.reads[number])
+                config, _ = submit_run(open_store(RUNS), data, settings, self.plan.budget)
                 self.invariants.submitted(config)
                 self._submitted.add(settings.name)
                 self._over |= {process.name, f"submit-{number}"}
@@ -219,13 +232,14 @@ class Experiment:
     def _damage(self) -> None:
         """Flip a bit of a committed chunk, or lose one of its objects."""
         draw = self.world.random
-        index = draw.randrange(self.manifest.n_chunks)
-        committed = f"house/dataset/commits/0/{index}.json" in self.s3.objects
-        name = "house/dataset/" + chunk_key("activations.zarr", acts_array(HOOK), index, 2)
+        url = draw.choice(list(self.manifests))
+        index = draw.randrange(self.manifests[url].n_chunks)
+        committed = f"{_prefix(url)}commits/0/{index}.json" in self.s3.objects
+        name = _prefix(url) + chunk_key("activations.zarr", acts_array(HOOK), index, 2)
         # while numerics are mixed nobody else can make a chunk as it was
         if committed and name in self.s3.objects and not self.plan.mixed:
             found = self.s3.objects[name]
-            self.world.note(f"damage chunk {index}")
+            self.world.note(f"damage chunk {index} of {url}")
             if draw.random() < 0.3:
                 del self.s3.objects[name]
             else:
@@ -234,20 +248,31 @@ class Experiment:
                 self.s3.objects[name] = Object(bytes(data), found.metadata, found.modified)
 
 
+def _prefix(url: str) -> str:
+    """Where the keys of a dataset begin in the simulated S3."""
+    return url.removeprefix("s3://") + "/"
+
+
 class Plan:
     """The shape of an experiment, drawn from its seed."""
 
     def __init__(self, draw: Any) -> None:
         n = draw.randint(4, 7)
-        self.rows = [draw.randint(2, 4) for _ in range(n)]
+        self.rows = [[draw.randint(2, 4) for _ in range(n)]]
         self.retention = draw.choice(["window", "keep"])
+        several = self.retention == "keep" and draw.random() < 0.4
+        if several:
+            self.rows.append([draw.randint(2, 4) for _ in range(draw.randint(2, 4))])
         self.mixed = draw.random() < 0.4
-        self.producers, self.trainers = draw.randint(1, 3), draw.randint(1, 2)
+        self.producers, self.trainers = draw.randint(len(self.rows), 3), draw.randint(1, 2)
         self.window_chunks, self.head_interval = draw.randint(1, 2), draw.randint(1, 2)
         epochs = 1 if self.retention == "window" else draw.randint(1, 2)
         # where chunks go away, the moment at which another run comes matters
         runs = draw.randint(2, 3) if self.retention == "window" else draw.randint(1, 2)
         self.runs = [self._run(number, epochs) for number in range(runs)]
+        both = list(DATASETS)
+        ways = [both, both[::-1], both[:1], both[1:]] if several else [both[:1]]
+        self.reads = [draw.choices(ways, [4, 2, 1, 1][: len(ways)])[0] for _ in self.runs]
         needs = max(chunks_needed(settings, n) for settings in self.runs)
         self.budget = needs + draw.randint(0, 1) if self.retention == "window" else None
         self.fault_rate = draw.choice([0.0, 0.01, 0.03])

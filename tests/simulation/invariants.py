@@ -9,7 +9,6 @@ import safetensors.numpy
 
 from penstock.store.arrays import BFLOAT16
 from penstock.store.manifest import Manifest
-from penstock.store.order import ReadingOrder
 from penstock.store.records import crc32c
 from penstock.trainer.config import RunConfig
 from simulation.model import D_IN, HOOK, Row, TinySource, digest, expected_rows
@@ -17,7 +16,7 @@ from simulation.redis import MemoryRedis
 from simulation.s3 import MemoryS3
 from simulation.values import Stream
 
-DATASET, RUNS = "house/dataset/", "house/runs/"
+RUNS = "house/runs/"
 NEVER_CHANGE = (
     "commits/",
     "manifest.",
@@ -30,6 +29,11 @@ NEVER_CHANGE = (
 )
 
 
+def _prefix(url: str) -> str:
+    """Where the keys of a dataset begin."""
+    return url.removeprefix("s3://") + "/"
+
+
 class Broken(AssertionError):
     """An invariant does not hold."""
 
@@ -37,13 +41,13 @@ class Broken(AssertionError):
 class Invariants:
     """Watches every write and removal."""
 
-    def __init__(self, s3: MemoryS3, redis: MemoryRedis, manifest: Manifest, plan: Any) -> None:
+    def __init__(self, s3: MemoryS3, redis: MemoryRedis, manifests: dict[str, Manifest], plan: Any) -> None:
         self._s3 = s3
         self._redis = redis
-        self._manifest = manifest
+        self._manifests = manifests
         self._plan = plan
         self._configs: dict[str, RunConfig] = {}
-        self._rows: dict[int, list[Row]] = {}
+        self._rows: dict[str, dict[int, list[Row]]] = {dataset: {} for dataset in manifests}
         self._heads: dict[str, dict[str, Any]] = {}
         s3.on_write.append(self._written)
         s3.on_delete.append(self._deleted)
@@ -55,10 +59,13 @@ class Invariants:
         self._configs[config.settings.name] = config
 
     def everything_is_done(self, names: set[str]) -> bool:
-        """Whether the dataset is complete and indexed, and these runs have ended."""
-        wanted = [f"{DATASET}commits/0/{i}.json" for i in range(self._manifest.n_chunks)]
-        made = all(key in self._s3.objects for key in [*wanted, f"{DATASET}index/0.safetensors"])
-        return made and all(self._ended(self._configs[name].run_id) for name in sorted(names))
+        """Whether the datasets are complete and indexed, and these runs have ended."""
+        made = (
+            f"{dataset}{key}" in self._s3.objects
+            for dataset, manifest in self._manifests.items()
+            for key in [*(f"commits/0/{i}.json" for i in range(manifest.n_chunks)), "index/0.safetensors"]
+        )
+        return all(self._ended(self._configs[name].run_id) for name in sorted(names)) and all(made)
 
     # At every change
 
@@ -76,41 +83,48 @@ class Invariants:
             self._s3.scheduler.fail(Broken(f"{key} has gaps: {positions}"))
         if [fields for _, fields in stream.entries] != chunks:
             self._s3.scheduler.fail(Broken(f"{key} has other chunks than its run reads: {stream.entries}"))
+        numbered = [
+            f"{_prefix(pin.url)}commits/0/{i}.json" for pin in config.datasets for i in range(pin.n_chunks)
+        ]
+        for _, fields in stream.entries:
+            if numbered[int(fields[1])] not in self._s3.objects:
+                self._s3.scheduler.fail(Broken(f"{key} has chunk {fields[1]}, which is not committed"))
         self._wake_readers(key)
 
     def _written(self, key: str, old: bytes | None, new: bytes, process: str) -> None:
         changed = old not in (None, new) and key.endswith((".json", ".copy"))
         if changed and any(part in key for part in NEVER_CHANGE):
             raise Broken(f"{process} changed {key}")
-        if key.startswith(f"{DATASET}commits/"):
-            self._committed(json.loads(new))
-        elif key.startswith(f"{DATASET}index/"):
-            self._indexed(old, new)
+        dataset, is_commit, _ = key.partition("commits/")
+        if is_commit:
+            self._committed(dataset, json.loads(new))
+        elif "/index/" in key:
+            self._indexed(key.partition("index/")[0], old, new)
         elif "/heads/" in key and key.endswith(".json"):
             self._head_made(key, json.loads(new))
         if "/activations.zarr/tokens/c/" in key:
             self._budget_holds()
 
-    def _committed(self, commit: dict[str, Any]) -> None:
+    def _committed(self, dataset: str, commit: dict[str, Any]) -> None:
         """The objects that a commit describes are there, with these bytes."""
         for path, described in commit["objects"].items():
             suffix = "/0" if path.startswith("acts/") else ""
-            found = self._s3.objects.get(f"{DATASET}activations.zarr/{path}/c/{commit['index']}{suffix}")
+            found = self._s3.objects.get(f"{dataset}activations.zarr/{path}/c/{commit['index']}{suffix}")
             if found is None:
                 raise Broken(f"chunk {commit['index']} is committed without {path}")
             if (len(found.data), crc32c(found.data[:-4])) != (described["size"], described["crc32c"]):
                 raise Broken(f"chunk {commit['index']} is committed with another {path} than is stored")
             if path.startswith("acts/"):
                 values = np.frombuffer(found.data[:-4], BFLOAT16).reshape(-1, D_IN).astype(int)
-                self._rows[commit["index"]] = values[: commit["rows"]].tolist()
+                self._rows[dataset][commit["index"]] = values[: commit["rows"]].tolist()
 
-    def _indexed(self, old: bytes | None, new: bytes) -> None:
+    def _indexed(self, dataset: str, old: bytes | None, new: bytes) -> None:
         """An index block says what the commits of all chunks say, and never changes."""
         if old not in (None, new):
             raise Broken("an index block was changed")
         found = safetensors.numpy.load(new)
-        for place in range(self._manifest.n_chunks):
-            stored = self._s3.objects.get(f"{DATASET}commits/0/{place}.json")
+        for place in range(self._manifests[dataset].n_chunks):
+            stored = self._s3.objects.get(f"{dataset}commits/0/{place}.json")
             if stored is None:
                 raise Broken(f"chunk {place} is indexed and not committed")
             commit = json.loads(stored.data)
@@ -143,8 +157,8 @@ class Invariants:
     def _budget_holds(self) -> None:
         if self._plan.budget is None:
             return
-        prefix = f"{DATASET}activations.zarr/tokens/c/"
-        stored = sum(key.startswith(prefix) for key in self._s3.objects)
+        # what keeps only a window is the only dataset there is
+        stored = sum("/activations.zarr/tokens/c/" in key for key in self._s3.objects)
         # one in flight per producer, one more for each that died over its own
         allowed = self._plan.budget + 2 * self._plan.producers
         if stored > allowed:
@@ -171,10 +185,11 @@ class Invariants:
     def at_the_end(self) -> None:
         """Datasets and weights are those of an undisturbed run."""
         if not self._plan.mixed:
-            for index, rows in self._rows.items():
-                plain = TinySource(self._manifest, 0).chunk(index).acts[HOOK].astype(int).tolist()
-                if sorted(rows) != sorted(plain):
-                    raise Broken(f"chunk {index} is not what its plan says")
+            for dataset, manifest in self._manifests.items():
+                for index, rows in self._rows[dataset].items():
+                    plain = TinySource(manifest, 0).chunk(index).acts[HOOK].astype(int).tolist()
+                    if sorted(rows) != sorted(plain):
+                        raise Broken(f"chunk {index} of {dataset} is not what its plan says")
         for config in self._configs.values():
             self._check_run(config)
 
@@ -186,9 +201,9 @@ class Invariants:
             raise Broken(f"{config.run_id} is {head['status']}: {head['reason']}")
         self._check_checkpoint(run, head)
         seen = json.loads(self._s3.objects[f"{run}/{head['checkpoint']['sae/tiny']['key']}"].data)
-        settings = config.settings
-        order = ReadingOrder(self._manifest.n_chunks, settings.epochs, settings.window_chunks, settings.seed)
-        wanted = expected_rows(self._manifest, order, config.dataset.start, self._rows)
+        read = [self._rows[_prefix(pin.url)] for pin in config.datasets]
+        stored = [[rows for _, rows in sorted(dataset.items())] for dataset in read]
+        wanted = expected_rows(config.settings, config.start, stored)
         if sorted(seen) != sorted(wanted):
             raise Broken(f"{config.run_id} saw {len(seen)} rows, not the {len(wanted)} it had to, each once")
         if digest(seen) != digest(wanted):

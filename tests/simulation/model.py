@@ -21,8 +21,8 @@ from penstock.store.dataset import Chunk
 from penstock.store.heads import Head
 from penstock.store.loader import LoadedWindow, WindowReader
 from penstock.store.manifest import Manifest
-from penstock.store.order import ReadingOrder, batch_bounds
-from penstock.trainer.config import RunConfig
+from penstock.store.order import batch_bounds
+from penstock.trainer.config import RunConfig, RunSettings
 from services.synthetic import make_manifest
 
 HOOK = "blocks.0.hook_resid_post"
@@ -32,9 +32,9 @@ BATCH_ROWS = 3
 Row = list[int]
 
 
-def tiny_manifest(rows: list[int], retention: str) -> Manifest:
+def tiny_manifest(rows: list[int], retention: str, first_sequence: int = 0) -> Manifest:
     """The plan of a dataset of four columns."""
-    plan = make_manifest(rows, {HOOK: D_IN})
+    plan = make_manifest(rows, {HOOK: D_IN}, first_sequence=first_sequence)
     return plan.model_copy(update={"rows_per_chunk": max(rows), "retention": retention})
 
 
@@ -54,13 +54,14 @@ class TinySource:
     def chunk(self, index: int) -> Chunk:
         time.sleep(random.uniform(0.0, self._seconds))
         rows = self._manifest.rows[index]
-        acts = np.array([[index, row, self._maker, 1] for row in range(rows)], np.float32)
+        first = self._manifest.corpus.first_sequence + 10 * index
+        acts = np.array([[first // 10, row, self._maker, 1] for row in range(rows)], np.float32)
         place = np.arange(rows)
         return Chunk(
             index=index,
             acts={HOOK: acts.astype(BFLOAT16)},
             tokens=(1 + place).astype(np.int32),
-            sequence=(10 * index + place).astype(np.int64),
+            sequence=(first + place).astype(np.int64),
             position=place.astype(np.int32),
         )
 
@@ -87,7 +88,7 @@ class TinyGroup:
         self._seconds = seconds
         self.config = config
         self.device = device
-        self.position = config.dataset.start
+        self.position = config.start
         self.step = self.rows = 0
         self.figures: dict[str, dict[str, float]] = {}
         self.seen: list[Row] = []
@@ -147,26 +148,28 @@ class TinyLoader:
         pass
 
 
-def expected_rows(
-    manifest: Manifest, order: ReadingOrder, start: int, stored: dict[int, list[Row]]
-) -> list[Row]:
+def expected_rows(settings: RunSettings, start: int, stored: list[list[list[Row]]]) -> list[Row]:
     """What a training must have seen: written down from the protocol alone, without the code under test.
 
     Args:
-        stored: chunk -> its rows as they were committed, in stored order.
+        stored: of each dataset that is read, each chunk's rows as they were committed, in stored order.
     """
-    n, size = manifest.n_chunks, order.window_chunks
+    numbered = [rows for dataset in stored for rows in dataset]
+    n, size, seed = len(numbered), settings.window_chunks, settings.seed
     windows_per_epoch = -(-n // size)
     seen: list[Row] = []
-    for epoch in range(order.epochs):
-        chunks = list(range(n))
+    for epoch in range(settings.epochs):
         if epoch:
-            chunks = permutation(n, order.seed, "epoch", epoch).tolist()
+            chunks = permutation(n, seed, "epoch", epoch).tolist()
+        else:
+            owners = [part for part, dataset in enumerate(stored) for _ in dataset]
+            own = [iter([c for c in range(n) if owners[c] == part]) for part in range(len(stored))]
+            chunks = [next(own[owners[turn]]) for turn in permutation(n, seed, "interleave")]
         for within in range(windows_per_epoch):
             if epoch * n + within * size < start:
                 continue
-            rows = [row for chunk in chunks[within * size : (within + 1) * size] for row in stored[chunk]]
-            mixed = permutation(len(rows), order.seed, "window", epoch * windows_per_epoch + within)
+            rows = [row for chunk in chunks[within * size : (within + 1) * size] for row in numbered[chunk]]
+            mixed = permutation(len(rows), seed, "window", epoch * windows_per_epoch + within)
             rows = [rows[i] for i in mixed]
             for first, last in batch_bounds(len(rows), BATCH_ROWS):
                 seen += rows[first:last]

@@ -160,6 +160,11 @@ def index_of_what_is_not_committed() -> Any:
     return both
 
 
+def feed_of_what_others_make() -> Any:
+    """A producer takes every chunk's number for an index of its own dataset."""
+    return patch.object(queue.FeedSpec, "among_all", lambda spec, is_committed: is_committed)
+
+
 BUGS: dict[str, Patch] = {
     function.__name__: function
     for function in (
@@ -168,6 +173,7 @@ BUGS: dict[str, Patch] = {
         overwrite_chunks,
         commit_of_ones_own_bytes,
         feed_without_predecessor,
+        feed_of_what_others_make,
         budget_in_commits,
         readers_before_the_floor,
         collection_by_a_non_owner,

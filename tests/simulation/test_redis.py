@@ -55,8 +55,8 @@ class Side:
         # a lease that is over before the next command
         self.brief = ChunkQueue(client, prefix, "/d", "digest", "brief", 0.0)
         self.runs = {w: RunQueue(client, prefix, "/r", w, LEASE) for w in "ab"}
-        self.feed = Feed(client, FeedSpec(f"{prefix}:feed", 0, 6, 3, 2, 7))
-        self.late_feed = Feed(client, FeedSpec(f"{prefix}:late", 5, 6, 3, 2, 7))
+        self.feed = Feed(client, FeedSpec(f"{prefix}:feed", 0, (6,), 3, 2, 7))
+        self.late_feed = Feed(client, FeedSpec(f"{prefix}:late", 5, (6,), 3, 2, 7))
         self.presence = {w: Presence(client, prefix, w) for w in "ab"}
         self.feeds_key = self.chunks["a"].feeds_key
 
@@ -358,7 +358,7 @@ def test_leases_end_in_virtual_time(world: Scheduler, server: MemoryRedis) -> No
 
 
 def test_a_reader_waits_for_data_or_for_its_time(world: Scheduler, server: MemoryRedis) -> None:
-    spec = FeedSpec("feed", 0, 6, 2, 2, 7)
+    spec = FeedSpec("feed", 0, (6,), 2, 2, 7)
     found: list[tuple[float, Any]] = []
 
     def read() -> None:

@@ -19,7 +19,13 @@ ENOUGH = 1000
 OF_WINDOWS = ("budget_in_commits", "readers_before_the_floor")
 
 
-BEGIN = {"readers_before_the_floor": 110, "budget_in_commits": 60, "feed_without_predecessor": 20}
+BEGIN = {
+    "readers_before_the_floor": 110,
+    "budget_in_commits": 5,
+    "feed_without_predecessor": 20,
+    "overwrite_chunks": 160,
+    "feed_of_what_others_make": 75,
+}
 """Seeds to begin with: where these bugs were found last. A change of the code may move them."""
 
 

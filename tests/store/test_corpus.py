@@ -21,6 +21,7 @@ BLOCK = 8
 DOCUMENTS = ["a.py", "b/c.py"]
 PLAN: dict[str, object] = {
     "description": "text",
+    "revision": None,
     "tokenizer_sha256": "aa",
     "special_ids": [0],
     "bos": "prepend",

@@ -128,7 +128,7 @@ def test_every_row_comes_once_per_epoch(dataset: Dataset, batch_rows: int, windo
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_order_is_that_of_a_run(dataset: Dataset, seed: int) -> None:
-    order = ReadingOrder(dataset.n_chunks, 3, 3, seed)
+    order = ReadingOrder(dataset.sizes, 3, 3, seed)
     found = [row_numbers(batch) for batch in dataset.batches(HOOKS, 16, 3, epochs=3, seed=seed)]
     assert found == expected(dataset, order, 16)
 
@@ -181,7 +181,7 @@ def test_an_iteration_that_ends_stops_by_itself(dataset: Dataset) -> None:
 
 
 def test_windows_go_on_from_any_of_them(dataset: Dataset) -> None:
-    order = ReadingOrder(dataset.n_chunks, 2, 3, 5)
+    order = ReadingOrder(dataset.sizes, 2, 3, 5)
     every = expected(dataset, order, 16)
     for first in range(order.n_windows):
         loader = load(dataset, HOOKS, order, first)
@@ -200,7 +200,7 @@ def test_windows_go_on_from_any_of_them(dataset: Dataset) -> None:
 
 
 def test_each_position_is_awaited_before_it_is_read(dataset: Dataset) -> None:
-    order = ReadingOrder(dataset.n_chunks, 2, 3, 5)
+    order = ReadingOrder(dataset.sizes, 2, 3, 5)
     asked: list[tuple[int, int]] = []
     loader = load(dataset, [RESID], order, 0, lambda *wanted: asked.append(wanted))
     for _ in range(order.n_windows):
@@ -210,7 +210,7 @@ def test_each_position_is_awaited_before_it_is_read(dataset: Dataset) -> None:
 
 
 def test_a_chunk_that_is_awaited_holds_only_its_window_up(dataset: Dataset) -> None:
-    order = ReadingOrder(dataset.n_chunks, 1, 3, 5)
+    order = ReadingOrder(dataset.sizes, 1, 3, 5)
     committed = threading.Event()
 
     def await_chunk(position: int, chunk: int) -> None:
@@ -230,7 +230,7 @@ def test_close_ends_a_wait(dataset: Dataset) -> None:
         assert loader.stop.wait(30)
         raise RuntimeError("stopped")
 
-    loader = load(dataset, [RESID], ReadingOrder(7, 1, 3, 0), 0, await_chunk)
+    loader = load(dataset, [RESID], ReadingOrder((7,), 1, 3, 0), 0, await_chunk)
     loader.close()
     assert loader_threads() == []
 
@@ -240,7 +240,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer(dataset: Dataset) -
         if position == 3:
             raise RuntimeError("no more")
 
-    loader = load(dataset, [RESID], ReadingOrder(7, 1, 3, 0), 0, await_chunk)
+    loader = load(dataset, [RESID], ReadingOrder((7,), 1, 3, 0), 0, await_chunk)
     assert get(loader).window.number == 0
     with pytest.raises(RuntimeError, match="no more"):
         loader.get(timeout=30)
@@ -315,7 +315,7 @@ def test_a_chunk_that_cannot_be_read_is_asked_for_until_it_can(tmp_path: Path) -
         dataset.store.put(key, whole if len(supply.asked) == 3 else b"not yet")
 
     supply = Mending(act)
-    order = ReadingOrder(dataset.n_chunks, 1, 3, 5)
+    order = ReadingOrder(dataset.sizes, 1, 3, 5)
     loader = WindowLoader(WindowReader(dataset, HOOKS, order, supply), 0)
     found = [row_numbers(batch) for _ in range(order.n_windows) for batch in get(loader).batches(16)]
     loader.close()
@@ -328,7 +328,7 @@ def test_a_chunk_that_is_quarantined_while_it_is_mended_is_left_out(tmp_path: Pa
     dataset = make(tmp_path)
     dataset.store.delete(f"activations.zarr/acts/{RESID}/c/4/0")
     supply = Mending(lambda chunk: dataset.store.put("quarantine/4.json", b""))
-    order = ReadingOrder(dataset.n_chunks, 2, 3, 5)
+    order = ReadingOrder(dataset.sizes, 2, 3, 5)
     loader = WindowLoader(WindowReader(dataset, HOOKS, order, supply), 0)
     windows = [get(loader) for _ in range(order.n_windows)]
     loader.close()
@@ -345,7 +345,7 @@ def test_a_chunk_that_is_quarantined_while_it_is_mended_is_left_out(tmp_path: Pa
 def test_a_quarantined_chunk_is_not_even_awaited(tmp_path: Path) -> None:
     dataset = make(tmp_path)
     dataset.store.put("quarantine/4.json", b"")
-    order = ReadingOrder(dataset.n_chunks, 1, 1, 5)
+    order = ReadingOrder(dataset.sizes, 1, 1, 5)
     asked: list[int] = []
     loader = load(dataset, HOOKS, order, 0, lambda position, chunk: asked.append(chunk))
     windows = [get(loader) for _ in range(order.n_windows)]
@@ -363,7 +363,7 @@ def test_what_nobody_can_mend_is_raised(tmp_path: Path) -> None:
     def refuse(chunk: int) -> None:
         raise ObjectMissing("nobody can make it again")
 
-    loader = WindowLoader(WindowReader(dataset, HOOKS, ReadingOrder(7, 1, 3, 0), Mending(refuse)), 1)
+    loader = WindowLoader(WindowReader(dataset, HOOKS, ReadingOrder((7,), 1, 3, 0), Mending(refuse)), 1)
     with pytest.raises(ObjectMissing, match="nobody can"):
         loader.get(timeout=30)
     loader.close()

@@ -26,6 +26,7 @@ def manifest(**changes: Any) -> Manifest:
         corpus=CorpusPin(
             digest="c0",
             description="text",
+            first_sequence=0,
             n_sequences=6,
             context=8,
             tokenizer_sha256="aa",
@@ -70,7 +71,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def test_digest_is_golden() -> None:
-    assert manifest().digest == "ba8d5c384b96fc8d893019d1357c2faa86d2d72ad8200e93f312275342eb8928"
+    assert manifest().digest == "b57de0a49a159dde3d36113cdcccdf5558560f187efa9bbd01381e1f66896ac5"
 
 
 def test_equal_plans_have_equal_bytes() -> None:

@@ -71,7 +71,7 @@ def write(directory: Path, source: Rows, chunks: int = CHUNKS) -> Dataset:
 
 
 def measure(dataset: Dataset, window_chunks: int = 3, batch_rows: int = BATCH_ROWS) -> Mixing:
-    order = ReadingOrder(CHUNKS, 1, window_chunks, seed=5)
+    order = ReadingOrder((CHUNKS,), 1, window_chunks, seed=5)
     return measure_mixing(dataset, order, batch_rows, [HOOK])
 
 
@@ -139,7 +139,7 @@ def test_shuffled_rows_are_not_complained_about(shuffled: Dataset) -> None:
 def test_a_reader_that_does_not_shuffle_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_module, "permutation", lambda n, *_: np.arange(n))
     dataset = write(tmp_path, Rows())
-    mixing = measure_mixing(dataset, Unmixed(CHUNKS, 1, 3, 5), BATCH_ROWS, [HOOK])
+    mixing = measure_mixing(dataset, Unmixed((CHUNKS,), 1, 3, 5), BATCH_ROWS, [HOOK])
     assert mixing.in_batches.too_many
     assert mixing.in_batches.rate > 5 * mixing.in_batches.expected_rate
     assert mixing.hooks[HOOK].rows[0] > 0.3
@@ -210,7 +210,7 @@ def test_autocorrelation_by_chance() -> None:
 
 
 def test_windows_are_read_evenly_when_there_are_many(shuffled: Dataset) -> None:
-    order = ReadingOrder(CHUNKS, 1, 2, seed=5)
+    order = ReadingOrder((CHUNKS,), 1, 2, seed=5)
     some = measure_mixing(shuffled, order, BATCH_ROWS, [HOOK], max_rows=3 * 2 * ROWS_PER_CHUNK)
     assert some.windows == 3
     assert not some.exact
@@ -232,7 +232,7 @@ def test_a_dataset_that_deletes_its_chunks_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     manifest = make_manifest(retention="window")
     with pytest.raises(UserError, match="keeps only a window"):
-        measure_mixing(Dataset(store, manifest), ReadingOrder(16, 1, 2, 0), 64, [])
+        measure_mixing(Dataset(store, manifest), ReadingOrder((16,), 1, 2, 0), 64, [])
 
 
 def test_damaged_chunks_are_not_measured(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.common.permutation import permutation
-from penstock.store.order import ReadingOrder, batch_bounds
+from penstock.store.order import ReadingOrder, batch_bounds, first_chunk, locate
 
+SIZES = st.lists(st.integers(1, 15), min_size=1, max_size=4).map(tuple)
 ORDERS = st.builds(
     ReadingOrder,
-    n_chunks=st.integers(1, 40),
+    sizes=SIZES,
     epochs=st.integers(1, 4),
     window_chunks=st.integers(1, 50),
     seed=st.integers(0, 2**40),
@@ -33,8 +34,34 @@ def test_every_chunk_comes_once_per_epoch(order: ReadingOrder) -> None:
 
 
 @given(ORDERS)
-def test_the_first_epoch_is_in_order(order: ReadingOrder) -> None:
-    assert chunks(order)[: order.n_chunks] == list(range(order.n_chunks))
+def test_the_first_epoch_reads_each_dataset_in_its_own_order(order: ReadingOrder) -> None:
+    read = chunks(order)[: order.n_chunks]
+    for part, size in enumerate(order.sizes):
+        own = [chunk for chunk in read if locate(order.sizes, chunk)[0] == part]
+        assert [locate(order.sizes, chunk)[1] for chunk in own] == list(range(size))
+    if len(order.sizes) == 1:
+        assert read == list(range(order.n_chunks))
+
+
+@given(SIZES)
+def test_chunks_are_numbered_through(sizes: tuple[int, ...]) -> None:
+    numbers = [first_chunk(sizes, part) + index for part, size in enumerate(sizes) for index in range(size)]
+    assert numbers == list(range(sum(sizes)))
+    places = [(part, index) for part, size in enumerate(sizes) for index in range(size)]
+    assert [locate(sizes, chunk) for chunk in numbers] == places
+    for outside in (-1, sum(sizes)):
+        with pytest.raises(IndexError):
+            locate(sizes, outside)
+
+
+def test_datasets_are_interleaved_evenly() -> None:
+    """Of every stretch of the first epoch each dataset has about its share; the seed says which chunks."""
+    sizes = (600, 200)
+    read = chunks(ReadingOrder(sizes, 1, 8, seed=5))
+    for start in range(0, 800, 100):
+        second = sum(chunk >= 600 for chunk in read[start : start + 100])
+        assert 10 <= second <= 40, "25 are to be expected, with a standard deviation of 4"
+    assert chunks(ReadingOrder(sizes, 1, 8, seed=6)) != read
 
 
 @given(ORDERS)
@@ -80,7 +107,7 @@ def test_batches_are_golden() -> None:
 
 
 def test_epochs_are_golden() -> None:
-    order = ReadingOrder(n_chunks=10, epochs=3, window_chunks=4, seed=7)
+    order = ReadingOrder(sizes=(10,), epochs=3, window_chunks=4, seed=7)
     assert chunks(order) == [
         *[0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
         *[4, 8, 9, 0, 6, 5, 1, 7, 3, 2],
@@ -88,15 +115,23 @@ def test_epochs_are_golden() -> None:
     ]
 
 
+def test_epochs_of_several_datasets_are_golden() -> None:
+    order = ReadingOrder(sizes=(5, 3, 2), epochs=2, window_chunks=4, seed=7)
+    assert chunks(order) == [
+        *[0, 5, 1, 8, 2, 9, 6, 3, 4, 7],
+        *[4, 8, 9, 0, 6, 5, 1, 7, 3, 2],
+    ]
+
+
 def test_the_order_depends_on_the_seed_and_not_on_the_window() -> None:
-    first = chunks(ReadingOrder(30, 2, 4, seed=0))
-    assert chunks(ReadingOrder(30, 2, 7, seed=0)) == first
-    assert chunks(ReadingOrder(30, 2, 4, seed=1)) != first
-    assert chunks(ReadingOrder(30, 3, 4, seed=0))[:60] == first, "more epochs only go on"
+    first = chunks(ReadingOrder((30,), 2, 4, seed=0))
+    assert chunks(ReadingOrder((30,), 2, 7, seed=0)) == first
+    assert chunks(ReadingOrder((30,), 2, 4, seed=1)) != first
+    assert chunks(ReadingOrder((30,), 3, 4, seed=0))[:60] == first, "more epochs only go on"
 
 
 def test_rows_are_permuted_anew_in_each_window() -> None:
-    order = ReadingOrder(n_chunks=10, epochs=2, window_chunks=4, seed=7)
+    order = ReadingOrder(sizes=(10,), epochs=2, window_chunks=4, seed=7)
     permuted = [order.row_order(order.window(number), 50) for number in range(order.n_windows)]
     for number, rows in enumerate(permuted):
         assert np.array_equal(np.sort(rows), np.arange(50))

@@ -288,7 +288,7 @@ def test_scripts_are_loaded_again_after_a_restart(chunks: MakeQueue, client: Cli
 @pytest.fixture
 def spec(prefix: str) -> FeedSpec:
     """Two epochs of six chunks, from the start."""
-    return FeedSpec(key=f"{prefix}:feed", start=0, n_chunks=6, epochs=2, window_chunks=2, seed=7)
+    return FeedSpec(key=f"{prefix}:feed", start=0, sizes=(6,), epochs=2, window_chunks=2, seed=7)
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def feed(client: Client, spec: FeedSpec) -> Feed:
 
 
 def in_order(spec: FeedSpec, start: int = 0) -> list[tuple[int, int]]:
-    order = ReadingOrder(spec.n_chunks, spec.epochs, spec.window_chunks, spec.seed)
+    order = ReadingOrder(spec.sizes, spec.epochs, spec.window_chunks, spec.seed)
     return [(position, order.chunk_at(position)) for position in range(start, order.n_positions)]
 
 
@@ -332,7 +332,7 @@ def test_a_duplicate_is_refused(feed: Feed) -> None:
 
 
 def test_a_feed_starts_where_its_head_is(client: Client, prefix: str) -> None:
-    feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, 6, 2, 2, 7))
+    feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, (6,), 2, 2, 7))
     feed.open()
     assert not feed.add(4, 4)
     assert not feed.add(0, 0)
@@ -349,7 +349,7 @@ def test_opening_again_changes_nothing(feed: Feed) -> None:
 
 
 def test_opening_again_does_not_set_a_feed_back(client: Client, prefix: str) -> None:
-    feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, 6, 2, 2, 7))
+    feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, (6,), 2, 2, 7))
     feed.open()
     feed.add(5, 5)
     feed.trim(6)
@@ -441,7 +441,7 @@ def test_a_feed_that_went_back_in_time_goes_on(feed: Feed) -> None:
 
 
 def test_rebuilding_starts_again_at_a_position(client: Client, prefix: str) -> None:
-    feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, 6, 2, 2, 7))
+    feed = Feed(client, FeedSpec(f"{prefix}:feed", 5, (6,), 2, 2, 7))
     feed.open()
     feed.add(5, 99)  # of another order
     feed.trim(6)

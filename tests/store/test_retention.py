@@ -275,7 +275,7 @@ class TestDamage:
         elif harm == "strange":
             window.store.put_guarded(reader_key("a"), {"format_version": 1, "run": "a", "start": True})
         elif harm == "config":
-            window.runs.put_guarded(config_key("a"), {"format_version": 1, "dataset": {}})
+            window.runs.put_guarded(config_key("a"), {"format_version": 1})
         elif harm == "floor":
             window.store.put_guarded(floor_key(0), {"format_version": 1, "n": 0, "floor": -1})
         else:

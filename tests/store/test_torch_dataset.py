@@ -190,7 +190,7 @@ def test_skipped_windows_are_not_read(dataset: Dataset, monkeypatch: pytest.Monk
         return real(store, key)
 
     batches = dataset.as_torch([RESID], **SETTINGS)
-    plan = ReadingOrder(CHUNKS, SETTINGS["epochs"], SETTINGS["window_chunks"], SETTINGS["seed"])
+    plan = ReadingOrder((CHUNKS,), SETTINGS["epochs"], SETTINGS["window_chunks"], SETTINGS["seed"])
     monkeypatch.setattr(LocalStore, "get", get)
     for number in range(plan.n_windows):
         for within in (0, 2):

@@ -9,6 +9,7 @@ import pytest
 from penstock.common.errors import ConfigError, DamagedObject, ObjectMissing, UserError
 from penstock.common.settings import parse
 from penstock.store.dataset import Dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.objects import ObjectStore, open_store
 from penstock.trainer.config import (
     RunSettings,
@@ -27,18 +28,22 @@ def runs(tmp_path: Path) -> ObjectStore:
     return open_store(str(tmp_path / "runs"))
 
 
+def alone(dataset: Dataset) -> JoinedDataset:
+    return JoinedDataset([dataset])
+
+
 class TestRunId:
     def test_it_does_not_depend_on_where_the_dataset_lies(self, dataset: Dataset, tmp_path: Path) -> None:
         copy = write_dataset(tmp_path / "copy", indices=[])
-        one, two = resolve_run(run_settings(), dataset), resolve_run(run_settings(), copy)
+        one, two = resolve_run(run_settings(), alone(dataset)), resolve_run(run_settings(), alone(copy))
         assert one.run_id == two.run_id
         assert one.run_id.startswith("run-")
-        assert one.dataset.url != two.dataset.url
+        assert one.dataset_urls != two.dataset_urls
 
     def test_it_does_not_depend_on_how_settings_are_written(self, dataset: Dataset) -> None:
         backwards = dict(reversed(run_settings().model_dump(mode="json").items()))
         again = parse(RunSettings, backwards, "test")
-        assert resolve_run(again, dataset).run_id == resolve_run(run_settings(), dataset).run_id
+        assert resolve_run(again, alone(dataset)).run_id == resolve_run(run_settings(), alone(dataset)).run_id
 
     @pytest.mark.parametrize(
         "change",
@@ -58,13 +63,17 @@ class TestRunId:
     )
     def test_every_setting_counts(self, dataset: Dataset, change: dict[str, Any]) -> None:
         assert (
-            resolve_run(run_settings(**change), dataset).run_id != resolve_run(run_settings(), dataset).run_id
+            resolve_run(run_settings(**change), alone(dataset)).run_id
+            != resolve_run(run_settings(), alone(dataset)).run_id
         )
 
     def test_the_dataset_counts(self, dataset: Dataset, tmp_path: Path) -> None:
         manifest = make_manifest().model_copy(update={"seed": 4})
         other = write_dataset(tmp_path / "other", manifest, indices=[])
-        assert resolve_run(run_settings(), other).run_id != resolve_run(run_settings(), dataset).run_id
+        assert (
+            resolve_run(run_settings(), alone(other)).run_id
+            != resolve_run(run_settings(), alone(dataset)).run_id
+        )
 
 
 class TestArithmetic:
@@ -75,7 +84,7 @@ class TestArithmetic:
         self, dataset: Dataset, epochs: int, window_chunks: int, batch_rows: int
     ) -> None:
         config = resolve_run(
-            run_settings(epochs=epochs, window_chunks=window_chunks, batch_rows=batch_rows), dataset
+            run_settings(epochs=epochs, window_chunks=window_chunks, batch_rows=batch_rows), alone(dataset)
         )
         steps, seen = 0, Counter[int]()
         for epoch in range(epochs):
@@ -91,20 +100,20 @@ class TestArithmetic:
 
     def test_each_hook_is_read_once(self, dataset: Dataset) -> None:
         saes = [topk(name="a"), standard(name="b"), topk(name="c"), standard(name="d")]
-        config = resolve_run(run_settings(saes=saes), dataset)
+        config = resolve_run(run_settings(saes=saes), alone(dataset))
         assert config.hooks == [RESID, MLP]
-        assert config.dataset.widths == WIDTHS
+        assert config.widths == WIDTHS
 
 
 class TestRefusals:
     def test_k_larger_than_the_dictionary(self, dataset: Dataset) -> None:
         with pytest.raises(ConfigError, match="topk: k is 25, more than its d_sae of 24"):
-            resolve_run(run_settings(saes=[topk(d_sae=24, k=25)]), dataset)
-        assert resolve_run(run_settings(saes=[topk(d_sae=24, k=24)]), dataset)
+            resolve_run(run_settings(saes=[topk(d_sae=24, k=25)]), alone(dataset))
+        assert resolve_run(run_settings(saes=[topk(d_sae=24, k=24)]), alone(dataset))
 
     def test_a_hook_that_the_dataset_lacks(self, dataset: Dataset) -> None:
         with pytest.raises(UserError, match=r"hook 'blocks\.9\.hook_out' is not in this dataset.*resid_post"):
-            resolve_run(run_settings(saes=[topk(hook_name="blocks.9.hook_out")]), dataset)
+            resolve_run(run_settings(saes=[topk(hook_name="blocks.9.hook_out")]), alone(dataset))
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -133,9 +142,9 @@ class TestRefusals:
 
 class TestSubmit:
     def test_twice_is_once(self, dataset: Dataset, runs: ObjectStore) -> None:
-        config, new = submit_run(runs, dataset, run_settings())
+        config, new = submit_run(runs, alone(dataset), run_settings())
         before = tree_digests(Path(runs.url)) | tree_digests(Path(dataset.url))
-        again, new_again = submit_run(runs, dataset, run_settings())
+        again, new_again = submit_run(runs, alone(dataset), run_settings())
         assert (new, new_again) == (True, False)
         assert again == config == load_run_config(runs, config.run_id)
         assert tree_digests(Path(runs.url)) | tree_digests(Path(dataset.url)) == before
@@ -144,14 +153,14 @@ class TestSubmit:
     def test_it_registers_the_run_as_a_reader_first(
         self, dataset: Dataset, runs: ObjectStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run_id = resolve_run(run_settings(name="reader"), dataset).run_id
+        run_id = resolve_run(run_settings(name="reader"), alone(dataset)).run_id
 
         def killed(key: str, record: object) -> bool:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(runs, "create_guarded", killed)
         with pytest.raises(KeyboardInterrupt):
-            submit_run(runs, dataset, run_settings(name="reader"))
+            submit_run(runs, alone(dataset), run_settings(name="reader"))
         record = dataset.store.get_record(f"readers/{run_id}.json")
         assert (record["run"], record["start"]) == (run_id, 0)
         assert run_ids(runs) == []
@@ -159,7 +168,7 @@ class TestSubmit:
     def test_a_config_that_is_missing_or_damaged(self, dataset: Dataset, runs: ObjectStore) -> None:
         with pytest.raises(ObjectMissing):
             load_run_config(runs, "none")
-        config, _ = submit_run(runs, dataset, run_settings())
+        config, _ = submit_run(runs, alone(dataset), run_settings())
         key = f"{config.run_id}/config.json"
         runs.put(key, runs.get(key).replace(b'"seed":0', b'"seed":1'))
         with pytest.raises(DamagedObject, match=r"config\.json"):

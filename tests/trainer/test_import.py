@@ -18,6 +18,7 @@ from torch import Tensor
 from penstock.common.errors import ConfigError, DamagedObject, UserError
 from penstock.deploy.heal import faults
 from penstock.store.dataset import Dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.objects import open_store
 from penstock.trainer.config import resolve_run, submit_run
 from penstock.trainer.exchange.write import export_sae
@@ -270,17 +271,17 @@ def exported(directory: Path, hook_name: str = RESID, seed: int = 0, **changes: 
 class TestRunIdentity:
     def test_it_does_not_depend_on_where_the_weights_lie(self, dataset: Dataset, tmp_path: Path) -> None:
         here, there = exported(tmp_path / "here"), exported(tmp_path / "there")
-        assert resolve_run(run_settings(saes=[topk(init_from=here)]), dataset).run_id == (
-            resolve_run(run_settings(saes=[topk(init_from=there)]), dataset).run_id
+        assert resolve_run(run_settings(saes=[topk(init_from=here)]), JoinedDataset([dataset])).run_id == (
+            resolve_run(run_settings(saes=[topk(init_from=there)]), JoinedDataset([dataset])).run_id
         )
 
     def test_it_depends_on_what_they_are(self, dataset: Dataset, tmp_path: Path) -> None:
         directory = tmp_path / "x"
-        ids = {resolve_run(run_settings(saes=[topk()]), dataset).run_id}
+        ids = {resolve_run(run_settings(saes=[topk()]), JoinedDataset([dataset])).run_id}
         variants: list[tuple[int, dict[str, Any]]] = [(0, {}), (1, {}), (0, {"apply_b_dec_to_input": False})]
         for seed, changes in variants:
             settings = run_settings(saes=[topk(init_from=exported(directory, seed=seed, **changes))])
-            ids.add(resolve_run(settings, dataset).run_id)
+            ids.add(resolve_run(settings, JoinedDataset([dataset])).run_id)
         assert len(ids) == 4
 
     def test_metadata_does_not_count(self, dataset: Dataset, tmp_path: Path) -> None:
@@ -288,12 +289,15 @@ class TestRunIdentity:
         config = json.loads((tmp_path / "two" / "cfg.json").read_text())
         config |= {"metadata": {"sae_lens_version": "6.1.0"}, "device": "cuda"}
         (tmp_path / "two" / "cfg.json").write_text(json.dumps(config))
-        ids = {resolve_run(run_settings(saes=[topk(init_from=path)]), dataset).run_id for path in (one, two)}
+        ids = {
+            resolve_run(run_settings(saes=[topk(init_from=path)]), JoinedDataset([dataset])).run_id
+            for path in (one, two)
+        }
         assert len(ids) == 1
 
     def test_the_config_pins_the_weights(self, dataset: Dataset, tmp_path: Path) -> None:
         path = exported(tmp_path / "x")
-        pin = resolve_run(run_settings(saes=[topk(init_from=path)]), dataset).initial["topk"]
+        pin = resolve_run(run_settings(saes=[topk(init_from=path)]), JoinedDataset([dataset])).initial["topk"]
         data = (tmp_path / "x" / "sae_weights.safetensors").read_bytes()
         assert (pin.sha256, pin.size) == (hashlib.sha256(data).hexdigest(), len(data))
         assert pin.fields["k"] == 2
@@ -316,18 +320,20 @@ class TestRefusals:
     ) -> None:
         settings = run_settings(saes=[sae | {"init_from": exported(tmp_path / "x")}])
         with pytest.raises(ConfigError, match=re.escape(words)) as caught:
-            resolve_run(settings, dataset)
+            resolve_run(settings, JoinedDataset([dataset]))
         assert str(caught.value).startswith("saes: topk: init_from: ")
 
     def test_one_that_cannot_be_trained_on(self, dataset: Dataset, tmp_path: Path) -> None:
         path = exported(tmp_path / "x", rescale_acts_by_decoder_norm=False)
         with pytest.raises(ConfigError, match="cannot be trained on: its decoder rows have norms"):
-            resolve_run(run_settings(saes=[topk(init_from=path)]), dataset)
+            resolve_run(run_settings(saes=[topk(init_from=path)]), JoinedDataset([dataset]))
 
     def test_one_that_is_not_there(self, dataset: Dataset, tmp_path: Path) -> None:
         runs = open_store(str(tmp_path / "runs"))
         with pytest.raises(ConfigError, match=r"saes: topk: init_from: .*nowhere: no such directory"):
-            submit_run(runs, dataset, run_settings(saes=[topk(init_from=str(tmp_path / "nowhere"))]))
+            submit_run(
+                runs, JoinedDataset([dataset]), run_settings(saes=[topk(init_from=str(tmp_path / "nowhere"))])
+            )
         assert list(runs.list("")) == []
 
 

@@ -1,8 +1,7 @@
 """Damaged chunks: producers are asked to make them again, and no row is trained on that was not committed."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +13,14 @@ from redis.retry import Retry
 from penstock.common.errors import DamagedObject, Detached, ObjectMissing
 from penstock.common.redis import Client
 from penstock.store.dataset import Chunk, Dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.layout import ARRAYS, commit_key
 from penstock.store.queue import ChunkQueue, Presence, repairs_wanted
 from penstock.store.retention import detach_reader
 from penstock.trainer import mending
 from penstock.trainer.config import RunConfig
 from penstock.trainer.mending import Mender, Stopped
-from services.producing import CountingSource, Producer
+from services.producing import CountingSource, Producer, mended_by
 from services.runs import Bench, digests
 from services.synthetic import CHUNKS, MLP, RESID, ROWS, make_manifest, write_dataset
 from services.training import Batches, stored_rows
@@ -40,7 +40,11 @@ class Patient:
         )
         self.producer = Presence(client, prefix, "producer")
         self.mender = Mender(
-            self.dataset, "run-1", self.repairs, Presence(client, prefix, "trainer"), self.stop
+            JoinedDataset([self.dataset]),
+            "run-1",
+            [self.repairs],
+            Presence(client, prefix, "trainer"),
+            self.stop,
         )
         self.error = ObjectMissing("chunk 2 is gone")
 
@@ -134,7 +138,9 @@ class TestMender:
             unix_socket_path=str(tmp_path / "none.sock"), protocol=2, retry=Retry(NoBackoff(), 0)
         )
         queue = ChunkQueue(gone, "p", "u", "d", "trainer", 20, repairs=True)
-        mender = Mender(patient.dataset, "run-1", queue, Presence(gone, "p", "trainer"), patient.stop)
+        mender = Mender(
+            JoinedDataset([patient.dataset]), "run-1", [queue], Presence(gone, "p", "trainer"), patient.stop
+        )
         monkeypatch.setattr(mending, "ALONE_SECONDS", 0.1)
         with pytest.raises(ObjectMissing, match="no producer is there"):
             mender.mend(2, patient.error)
@@ -146,30 +152,6 @@ class OtherNumerics(CountingSource):
     def chunk(self, index: int) -> Chunk:
         made = super().chunk(index)
         return replace(made, acts={name: rows[::-1].copy() for name, rows in made.acts.items()})
-
-
-@contextmanager
-def mended_by(
-    bench: Bench, dataset: Dataset, source: Callable[[], CountingSource] | None = None
-) -> Iterator[list[int]]:
-    """Whenever a repair is asked for, a producer comes; gives what they made."""
-    made: list[int] = []
-    stop = threading.Event()
-
-    def produce() -> None:
-        while not stop.wait(0.01):
-            if repairs_wanted(bench.client, bench.redis.prefix, dataset.url, dataset.manifest.digest):
-                using = source() if source else CountingSource(dataset.manifest)
-                Producer(bench.client, bench.redis.prefix, dataset.url, "producer", using).run()
-                made.extend(using.made)
-
-    producing = threading.Thread(target=produce, daemon=True)
-    producing.start()
-    try:
-        yield made
-    finally:
-        stop.set()
-        producing.join()
 
 
 def acts_key(index: int) -> str:

@@ -40,14 +40,16 @@ def make_summary() -> dict[str, Any]:
         "strict": True,
         "model": {"name": "builtin:pystd-6l", "weights_sha256": "ab" * 32},
         "dataset": {
-            "url": "s3://bucket/datasets/demo",
             "rows": ROWS,
             "chunks": 32,
             "bytes": 1.0e9,
             "hooks": HOOKS,
             "context": 256,
             "corpus": "python standard library",
-            "digest": "cd" * 32,
+            "parts": [
+                {"url": "s3://bucket/datasets/demo", "digest": "cd" * 32},
+                {"url": "s3://bucket/datasets/more", "digest": "ce" * 32},
+            ],
         },
         "training": {
             "batch_rows": 1024,
@@ -177,6 +179,7 @@ def test_says_what_the_run_was(page: str) -> None:
         "2025-10-09 08:53 UTC",
         "ab" * 32,
         "cd" * 32,
+        "ce" * 32,
         "ef" * 32,
         "blocks.2.mlp.hook_post",
         *(name for name, *_ in SAES),

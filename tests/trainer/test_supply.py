@@ -12,6 +12,7 @@ from redis.retry import Retry
 from penstock.common import metrics
 from penstock.common.redis import Client
 from penstock.store.dataset import Dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.layout import commit_key
 from penstock.store.local import LocalStore
 from penstock.store.queue import ChunkQueue, Feed, FeedSpec, Presence
@@ -29,7 +30,7 @@ class Desk:
 
     def __init__(self, client: Client, directory: Path, start: int = 0) -> None:
         self.store = LocalStore(str(directory))
-        self.spec = FeedSpec(f"{fresh_prefix()}:feed", start, CHUNKS, EPOCHS, 2, seed=3)
+        self.spec = FeedSpec(f"{fresh_prefix()}:feed", start, (CHUNKS,), EPOCHS, 2, seed=3)
         self.feed = Feed(client, self.spec)
         self.feed.open()
         self.stop = threading.Event()
@@ -38,10 +39,10 @@ class Desk:
         self.supply = self.supply_of(self.feed, client)
 
     def supply_of(self, feed: Feed, client: Client) -> Supply:
-        dataset = Dataset(self.store, make_manifest([1] * CHUNKS))
-        queue = ChunkQueue(client, fresh_prefix(), dataset.url, "digest", "trainer", 20, repairs=True)
-        mender = Mender(dataset, "run", queue, Presence(client, fresh_prefix(), "trainer"), self.stop)
-        return Supply(feed, self.store, mender, self._register, self.stop, self._beat)
+        data = JoinedDataset([Dataset(self.store, make_manifest([1] * CHUNKS))])
+        queue = ChunkQueue(client, fresh_prefix(), data.url, "digest", "trainer", 20, repairs=True)
+        mender = Mender(data, "run", [queue], Presence(client, fresh_prefix(), "trainer"), self.stop)
+        return Supply(feed, data, mender, self._register, self.stop, self._beat)
 
     def _register(self) -> None:
         self.registered += 1
@@ -138,7 +139,7 @@ def test_a_feed_whose_chunk_is_not_committed_waits_for_the_store(desk: Desk, cli
     waiting.start()
     time.sleep(0.1)
     assert waiting.is_alive()
-    assert desk.supply.waiting_for == 0
+    assert desk.supply.waiting_for == "chunk 0"
     desk.commit(0)
     waiting.join(10)
     assert not waiting.is_alive()

@@ -82,7 +82,7 @@ class TestRunsThatBeginLate:
     ) -> None:
         batches = Batches(monkeypatch)
         config = bench.submit(finished, head_interval=1)
-        assert config.dataset.start == 6
+        assert config.start == 6
         assert config.windows == range(2, 6)
         assert config.total_rows() == sum(ROWS[6:])
         bench.work()
@@ -125,7 +125,7 @@ class TestRunsThatBeginLate:
         config = bench.submit(finished)
         raise_floor(finished, 9)
         assert bench.submit(finished) == config
-        assert load_run_config(bench.runs, config.run_id).dataset.start == 6
+        assert load_run_config(bench.runs, config.run_id).start == 6
         assert read_reader(finished.store, config.run_id).needs == 12
 
     def test_when_nothing_is_left_they_are_refused(self, bench: Bench, finished: Dataset) -> None:
@@ -139,7 +139,7 @@ class TestRunsThatBeginLate:
     ) -> None:
         config = bench.submit(finished)
         record = config.model_dump(mode="json")
-        record["dataset"]["start"] = start
+        record["start"] = start
         bench.runs.put_guarded(config_key(config.run_id), record)
         with pytest.raises(DamagedObject, match=r"config\.json is not a run config"):
             load_run_config(bench.runs, config.run_id)
@@ -224,7 +224,7 @@ class TestTwoReaders:
         with producing(bench, window, budget) as producer, working(bench):
             eventually(lambda: bench.position(fast) >= 6)
             slow = elsewhere.submit(window, budget, name="slow", head_interval=1)
-            start = slow.dataset.start
+            start = slow.start
             if bench.ended(fast):
                 pytest.fail("the fast run was over before the slow one came: the test is void")
             eventually(lambda: f"run {slow.run_id}, which still needs chunk {start}" in producer.work.waiting)
@@ -265,4 +265,4 @@ class TestTwoReaders:
         assert Counter(batches.trained(fast, MLP)) == rows[MLP]
         trained = Counter(batches.trained(slow, MLP))
         assert trained <= rows[MLP]
-        assert trained.total() == sum(ROWS[slow.dataset.start :])
+        assert trained.total() == sum(ROWS[slow.start :])

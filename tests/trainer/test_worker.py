@@ -223,7 +223,7 @@ class TestDiverging:
         assert last.metrics == good.metrics
         assert last.reason is not None
         assert f"loss or weights of l1 are not finite at step {before + batch}, " in last.reason
-        assert "in the window of chunks 9, 10, 11;" in last.reason
+        assert "in the window of chunk 9, chunk 10, chunk 11;" in last.reason
         weights = load_checkpoint(bench.runs, config.run_id, last)
         assert len(weights) == 4
         for name in ("l1", "topk"):

@@ -73,7 +73,7 @@ def export_sae(sae: SAE, directory: str | Path, format: str, origin: Origin | No
 def origin_of(config: RunConfig, name: str) -> Origin:
     """What is known of a run's SAE: without its dataset, only what the run itself says."""
     hook_name = next(sae.hook_name for sae in config.settings.saes if sae.name == name)
-    pin = config.dataset
+    pin = config.datasets[0]
     told = Origin(
         name,
         hook_name,
@@ -83,7 +83,7 @@ def origin_of(config: RunConfig, name: str) -> Origin:
         corpus_digest=pin.corpus_digest,
     )
     try:
-        manifest = open_pinned(config).manifest
+        manifest = open_pinned(config).parts[0].manifest
     except PenstockError as error:
         LOGGER.warning("context length and corpus are left out of the export: %s", error)
         return told
