@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from penstock.common.process import worker_name
+from penstock.deploy.plan_probe import Probe
+from penstock.deploy.plan_record import Plan
+from penstock.deploy.plan_resolved import Resolved
 from penstock.store.arrays import dataset_arrays, zarr_metadata
 from penstock.store.commits import Commit, Moments, StoredObject
 from penstock.store.heads import CHECKPOINTS_KEPT
@@ -106,3 +109,32 @@ def run_size(run: RunConfig) -> Size:
         + checkpoint.times(min(CHECKPOINTS_KEPT, heads))
         + (head.times(heads + 1) + point.times(windows) + Size(60, 1).times(heads)).times(2)
     )
+
+
+def count(what: Resolved, plan: Plan, found: Probe | None) -> None:
+    """Rows, bytes and objects."""
+    manifest, ratios = what.manifest, {} if found is None else found.ratios
+    plan.rows, plan.chunks = manifest.total_rows, manifest.n_chunks
+    plan.sequences_per_chunk = manifest.sequences_per_chunk
+    sizes = object_bytes(manifest, ratios)
+    for hook in manifest.hooks:
+        size = manifest.n_chunks * sizes.pop(f"acts/{hook.name}")
+        plan.hooks[hook.name] = {"d_in": hook.d_in, "bytes": size, "objects": manifest.n_chunks}
+    acts = Size(sum(hook["bytes"] for hook in plan.hooks.values()), len(plan.hooks) * manifest.n_chunks)
+    origins = Size(sum(sizes.values()), len(sizes)).times(manifest.n_chunks)
+    metadata = metadata_size(manifest, len(what.runs), what.config.runs_url)
+    corpus = stored_size(what.corpus.store)
+    if plan.estimated:
+        share = manifest.corpus.n_sequences / what.corpus.manifest.n_sequences
+        corpus = Size(int(corpus.bytes * share), int(corpus.objects * share))
+    runs = sum((run_size(run) for run in what.runs.values()), Size())
+    parts = {"activations": acts, "tokens, sequence, position": origins, "metadata": metadata}
+    parts |= {"dataset": acts + origins + metadata, "corpus": corpus, "runs": runs}
+    plan.parts = {name: _told(size) for name, size in parts.items()}
+    plan.total = _told(acts + origins + metadata + corpus + runs)
+    if manifest.retention == "window" and what.config.dataset.budget_bytes:
+        plan.at_once = min(what.config.dataset.budget_bytes, (acts + origins).bytes)
+
+
+def _told(size: Size) -> dict[str, int]:
+    return {"bytes": size.bytes, "objects": size.objects}

@@ -1,18 +1,17 @@
 """A plan in words and columns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from penstock.deploy.plan import Plan
+from penstock.deploy.plan_record import Plan
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """`penstock plan` for people."""
     about = "about " if plan.estimated else ""
     yield f"dataset {plan.url}"
-    there = f", {plan.committed} of them there already" if plan.committed else ""
-    yield (
-        f"  {about}{plan.rows:,} rows in {plan.chunks:,} chunks of {plan.sequences_per_chunk} sequences{there}"
-    )
+    yield f"  {about}{plan.rows:,} rows in {plan.chunks:,} chunks of {plan.sequences_per_chunk} sequences"
+    if plan.committed:
+        yield f"  {plan.committed:,} chunks are there already"
     table = [("", "d_in", "bytes", "objects")]
     for name, hook in plan.hooks.items():
         table.append((name, f"{hook['d_in']:,}", f"{hook['bytes']:,}", f"{hook['objects']:,}"))
@@ -75,10 +74,10 @@ def _costs(plan: Plan) -> Iterator[str]:
 def seconds_in_words(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _columns(table: "list[tuple[str, ...]]") -> Iterator[str]:
+def _columns(table: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     for first, *others in table:
         cells = [first.ljust(widths[0])]

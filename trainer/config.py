@@ -127,6 +127,17 @@ def chunks_needed(settings: RunSettings, n_chunks: int) -> int:
     return min(n_chunks, CHECKPOINTS_KEPT * settings.head_interval * settings.window_chunks)
 
 
+def check_budget(settings: RunSettings, n_chunks: int, budget_chunks: int | None) -> int:
+    """What a run needs (`chunks_needed`); raises ConfigError if a budget does not hold that."""
+    needs = chunks_needed(settings, n_chunks)
+    if budget_chunks is not None and budget_chunks < needs:
+        raise ConfigError(
+            f"dataset.budget_bytes: holds {budget_chunks} chunks, but run {settings.name} needs {needs} "
+            f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
+        )
+    return needs
+
+
 def resolve_run(settings: RunSettings, dataset: Dataset, start: int = 0) -> RunConfig:
     """Pin the dataset and name the run.
 
@@ -202,12 +213,7 @@ def submit_run(
     config = resolve_run(settings, dataset)
     if runs.exists(config_key(config.run_id)):
         return load_run_config(runs, config.run_id), False
-    order, needs = config.order, chunks_needed(settings, dataset.n_chunks)
-    if budget_chunks is not None and budget_chunks < needs:
-        raise ConfigError(
-            f"dataset.budget_bytes: holds {budget_chunks} chunks, but run {settings.name} needs {needs} "
-            f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
-        )
+    order, needs = config.order, check_budget(settings, dataset.n_chunks, budget_chunks)
     # the reader record comes first: nothing the run needs may vanish once it exists
     reader = Reader(config.run_id, runs.url, 0, needs)
     floor = register_reader(dataset.store, reader, dataset.manifest.retention == "window")
