@@ -50,6 +50,50 @@ def run(config: str, workdir: str | None) -> None:
 @cli.command()
 @CONFIG
 @WORKDIR
+@click.option("--gb-month", type=click.FloatRange(0), help="Price of storing 10⁹ bytes for a month.")
+@click.option("--gpu-hour", type=click.FloatRange(0), help="Price of a producer's GPU or machine per hour.")
+@click.option("--months", type=click.FloatRange(0), default=1.0, show_default=True, help="To be stored.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--no-probe", is_flag=True, help="Measure nothing: no times.")
+@click.option(
+    "--probe-store", is_flag=True, help="Measure storing at the dataset's URL; leaves nothing there."
+)
+def plan(
+    config: str,
+    workdir: str | None,
+    gb_month: float | None,
+    gpu_hour: float | None,
+    months: float,
+    as_json: bool,
+    no_probe: bool,
+    probe_store: bool,
+) -> None:
+    """What a config will take: rows, bytes, time, memory, cost. Refuses what cannot fit; writes nothing."""
+    from penstock.deploy.plan import make_plan
+    from penstock.deploy.plan_record import Prices
+    from penstock.deploy.plan_text import plan_lines
+
+    if no_probe and probe_store:
+        raise click.UsageError("--probe-store and --no-probe exclude each other")
+    made = make_plan(
+        _load(config, workdir),
+        Prices(gb_month, gpu_hour, months),
+        not no_probe,
+        probe_store,
+        lambda text: click.echo(text, err=True),
+    )
+    if as_json:
+        import json
+
+        click.echo(json.dumps(made.record(), indent=1))
+        return
+    for line in plan_lines(made):
+        click.echo(line)
+
+
+@cli.command()
+@CONFIG
+@WORKDIR
 def corpus(config: str, workdir: str | None) -> None:
     """Tokenise and pack the text."""
     from penstock.deploy.processes import build_corpus

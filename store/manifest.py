@@ -176,12 +176,18 @@ def publish_manifest(store: ObjectStore, manifest: Manifest) -> Manifest:
     if store.create_guarded(MANIFEST, manifest.model_dump(mode="json")):
         return manifest
     there = load_manifest(store)
+    check_same_plan(store.url, there, manifest)
+    return there
+
+
+def check_same_plan(url: str, there: Manifest, manifest: Manifest) -> None:
+    """Raises PlanMismatch if what a URL holds was made to another plan than ours."""
     if there.numerics.allow_mixed and manifest.numerics.allow_mixed:
         manifest = manifest.model_copy(update={"numerics": there.numerics})
     if there == manifest:
-        return there
+        return
     raise PlanMismatch(
-        f"{store.url} holds another dataset: {describe_difference(there, manifest)}; "
+        f"{url} holds another dataset: {describe_difference(there, manifest)}; "
         "choose another dataset url, or restore the settings it was made with"
     )
 

@@ -158,6 +158,17 @@ def chunks_needed(settings: RunSettings, n_chunks: int) -> int:
     return min(n_chunks, CHECKPOINTS_KEPT * settings.head_interval * settings.window_chunks)
 
 
+def check_budget(settings: RunSettings, n_chunks: int, budget_chunks: int | None) -> int:
+    """What a run needs (`chunks_needed`); raises ConfigError if a budget does not hold that."""
+    needs = chunks_needed(settings, n_chunks)
+    if budget_chunks is not None and budget_chunks < needs:
+        raise ConfigError(
+            f"dataset.budget_bytes: holds {budget_chunks} chunks, but run {settings.name} needs {needs} "
+            f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
+        )
+    return needs
+
+
 def resolve_run(settings: RunSettings, data: JoinedDataset, start: int = 0) -> RunConfig:
     """Pin the datasets and name the run.
 
@@ -236,12 +247,7 @@ def submit_run(
     config = resolve_run(settings, data)
     if runs.exists(config_key(config.run_id)):
         return load_run_config(runs, config.run_id), False
-    order, needs = config.order, chunks_needed(settings, data.n_chunks)
-    if budget_chunks is not None and budget_chunks < needs:
-        raise ConfigError(
-            f"dataset.budget_bytes: holds {budget_chunks} chunks, but run {settings.name} needs {needs} "
-            f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
-        )
+    order, needs = config.order, check_budget(settings, data.n_chunks, budget_chunks)
     # the reader records come first: nothing the run needs may vanish once it exists
     reader = Reader(config.run_id, runs.url, 0, needs)
     # what keeps only a window is read alone: its chunks' numbers are positions

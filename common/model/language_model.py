@@ -10,7 +10,6 @@ Shapes: B sequences, C context (positions), D width of a hook point, V vocabular
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from penstock.common.device import open_device
 from penstock.common.errors import ModelError, nearest
+from penstock.common.memory import free_bytes
 from penstock.common.model.files import ModelFiles, ModelSettings
 from penstock.common.model.taps import See, TappedModel
 
@@ -248,23 +248,12 @@ def _check_fits(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> 
             for name in weights.keys():  # noqa: SIM118 (not a mapping)
                 elements += int(torch.Size(weights.get_slice(name).get_shape()).numel())
     needed = elements * dtype.itemsize
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if needed > free:
         raise ModelError(
             f"model.name: {files.name} needs {needed / 1e9:.1f} GB for its weights and {device} has "
             f"{free / 1e9:.1f} GB free; use a larger device or a smaller model.dtype"
         )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
 
 
 def _boot(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Any:
