@@ -17,7 +17,7 @@ def imported(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["objects", "dataset", "corpus", "commits", "order", "manifest"])
+@pytest.mark.parametrize("module", ["objects", "dataset", "corpus", "commits", "order", "manifest", "joined"])
 def test_the_store_is_light(module: str) -> None:
     assert imported(f"import penstock.store.{module}") == []
 
