@@ -15,8 +15,6 @@ from penstock.trainer.mending import Mender, Stopped
 
 BLOCK_MS = 500
 """How long one read of the feed waits: short, so that a stop is noticed."""
-GLANCE_MS = 1
-"""…and how long where producers of another dataset may have to go on."""
 REMIND_SECONDS = 60.0
 """A worker that waits for a chunk says so this often."""
 
@@ -29,8 +27,8 @@ class Supply:
     the feed is silent although the commit exists, the worker feeds itself. Redis may be away: then
     only the store is asked.
 
-    A producer knows its own dataset only, so it stops feeding before another one's chunk. At such a place
-    the worker does not wait for the feed to be silent before it looks at the store.
+    A producer knows its own dataset only, so it stops feeding before another one's chunk. The feed is silent
+    then, and the worker goes on by itself.
 
     Args:
         data: the run's.
@@ -57,7 +55,6 @@ class Supply:
         self._stop = stop
         self._beat = beat
         self._fed: dict[int, int] = {}
-        self._part: int | None = None
 
     def await_chunk(self, position: int, chunk: int) -> None:
         """Return once `chunk` is committed.
@@ -78,9 +75,7 @@ class Supply:
 
     def is_there(self, position: int, chunk: int) -> bool:
         """Whether the chunk of a position is committed: one look, which may block for a moment."""
-        before, self._part = self._part, self._data.part_of(chunk)
-        glance = before not in (None, self._part)
-        return self._fed.pop(position, None) == chunk or self._poll(position, chunk, glance)
+        return self._fed.pop(position, None) == chunk or self._poll(position, chunk)
 
     def mend(self, chunk: int, error: DataError) -> None:
         """See `Mender.mend`."""
@@ -95,9 +90,9 @@ class Supply:
             LOGGER.warning("waiting for %s, and no producer is there: start one", name)
             self._mender.ask(chunk)
 
-    def _poll(self, position: int, chunk: int, glance: bool) -> bool:
+    def _poll(self, position: int, chunk: int) -> bool:
         try:
-            entries = self._feed.read(position, GLANCE_MS if glance else BLOCK_MS)
+            entries = self._feed.read(position, BLOCK_MS)
             self._fed = {p: c for p, c in entries if p > position}
             if entries and entries[0] == (position, chunk):
                 self._beat()

@@ -21,7 +21,7 @@ def imported(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["objects", "dataset", "corpus", "commits", "index", "order", "manifest", "lookup"]
+    "module", ["objects", "dataset", "corpus", "commits", "index", "order", "manifest", "lookup", "joined"]
 )
 def test_the_store_is_light(module: str) -> None:
     assert imported(f"import penstock.store.{module}") == []

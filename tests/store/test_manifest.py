@@ -71,7 +71,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def test_digest_is_golden() -> None:
-    assert manifest().digest == "b57de0a49a159dde3d36113cdcccdf5558560f187efa9bbd01381e1f66896ac5"
+    assert manifest().digest == "3268aa48f898e06c616446629dc12bfc0339417cfc908327b9c5c0a2b57d25ad"
 
 
 def test_equal_plans_have_equal_bytes() -> None:

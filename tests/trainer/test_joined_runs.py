@@ -18,12 +18,9 @@ from penstock.store.joined import JoinedDataset
 from penstock.store.layout import ARRAYS, commit_key
 from penstock.store.objects import open_store
 from penstock.store.order import ReadingOrder
-from penstock.store.queue import ChunkQueue, Feed, FeedSpec, Presence, register_feed, registered_feeds
+from penstock.store.queue import ChunkQueue, Feed, FeedSpec, register_feed, registered_feeds
 from penstock.store.retention import readers
-from penstock.trainer import supply as supply_module
 from penstock.trainer.config import load_run_config, open_pinned, resolve_run
-from penstock.trainer.mending import Mender
-from penstock.trainer.supply import GLANCE_MS, Supply
 from services.producing import CountingSource, Producer, mended_by
 from services.runs import Bench, digests, run_settings
 from services.synthetic import MLP, RESID, make_manifest, write_dataset
@@ -214,39 +211,6 @@ class TestTraining:
         assert [feed.spec.part for feed in feeds] == [0, 1]
         assert len({feed.spec.key for feed in feeds}) == 1, "one feed, of which both know"
         assert all(feed.spec.order == config.order for feed in feeds)
-
-    def test_another_datasets_chunk_is_not_waited_for(
-        self, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Producers stop feeding where another dataset's chunk follows: there the store is asked at once."""
-        data = JoinedDataset(parts(tmp_path))
-        spec = FeedSpec(f"{bench.redis.prefix}:feed", 0, data.sizes, 1, 3, seed=0)
-        feed, waited = Feed(bench.client, spec), list[tuple[int, int]]()
-        feed.open()
-        mender = Mender(
-            *(data, "run", [], Presence(bench.client, bench.redis.prefix, "t"), threading.Event())
-        )
-        supply = Supply(feed, data, mender, lambda: None, threading.Event(), lambda: None)
-        read = feed.read
-
-        def noting(position: int, block_ms: int) -> list[tuple[int, int]]:
-            waited.append((position, block_ms))
-            return read(position, 1)
-
-        monkeypatch.setattr(feed, "read", noting)
-        monkeypatch.setattr(feed, "advance", lambda is_committed: 0)  # as if others fed, too late
-        before, switches = None, list[int]()
-        for position in range(data.n_chunks):
-            chunk = spec.order.chunk_at(position)
-            supply.await_chunk(position, chunk)
-            if before not in (None, data.part_of(chunk)):
-                switches.append(position)
-            before = data.part_of(chunk)
-        assert len(switches) >= 3
-        assert [position for position, block_ms in waited if block_ms == GLANCE_MS] == switches
-        assert {block_ms for position, block_ms in waited if position not in switches} == {
-            supply_module.BLOCK_MS
-        }
 
 
 class TestMending:
