@@ -205,7 +205,7 @@ def test_a_block_with_a_bad_commit_is_not_indexed(
 
 
 def test_commits_are_listed_only_where_there_is_no_index(store: CountingStore, manifest: Manifest) -> None:
-    write_big(store, manifest, range(BLOCK_CHUNKS, BLOCK_CHUNKS + 3))
+    write_big(store, manifest, [0, 1, *range(BLOCK_CHUNKS, BLOCK_CHUNKS + 3)])
     store.take()
     found = list_commits(store, N)
     assert found.indices == set(range(BLOCK_CHUNKS + 3))
@@ -403,6 +403,23 @@ def test_a_repaired_chunk_gets_its_commit_from_the_index(indexed: tuple[Dataset,
     writer.close()
     assert store.get(commit_key(2)) == before
     assert list(dataset_faults(dataset)) == []
+
+
+def test_a_recomputation_that_differs_does_not_replace_a_lost_commit(
+    indexed: tuple[Dataset, CountingStore],
+) -> None:
+    """Without the index nothing would tell that it differs."""
+    dataset, store = indexed
+    key = f"activations.zarr/{acts_array(RESID)}/c/2/0"
+    store.delete(commit_key(2))
+    store.put(key, b"")
+    chunk = SyntheticSource(dataset.manifest).chunk(2)
+    chunk.acts[RESID][0, 0] += 1
+    writer = DatasetWriter(store, dataset.manifest)
+    assert not writer.mend(2, chunk)
+    writer.close()
+    assert store.get(key) == b""
+    assert not store.exists(commit_key(2))
 
 
 @pytest.mark.parametrize("harm", ["flip", "forge", "lose"])

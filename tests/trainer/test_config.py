@@ -79,7 +79,7 @@ class TestRunId:
 class TestArithmetic:
     @pytest.mark.parametrize("epochs", [1, 3])
     @pytest.mark.parametrize("window_chunks", [1, 3, 16, 50])
-    @pytest.mark.parametrize("batch_rows", [1, 64, 4096])
+    @pytest.mark.parametrize("batch_rows", [1, 64, 197, 4096])
     def test_steps_and_rows_are_what_a_run_will_make(
         self, dataset: Dataset, epochs: int, window_chunks: int, batch_rows: int
     ) -> None:
