@@ -69,9 +69,9 @@ def plan(
     probe_store: bool,
 ) -> None:
     """What a config will take: rows, bytes, time, memory, cost. Refuses what cannot fit; writes nothing."""
-    from penstock.deploy.plan import make_plan
-    from penstock.deploy.plan_record import Prices
-    from penstock.deploy.plan_text import plan_lines
+    from penstock.deploy.plan.make import make_plan
+    from penstock.deploy.plan.record import Prices
+    from penstock.deploy.plan.text import plan_lines
 
     if no_probe and probe_store:
         raise click.UsageError("--probe-store and --no-probe exclude each other")

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from penstock.common.model import language_model
-from penstock.deploy import plan_fit, plan_rows
 from penstock.deploy.cli import main
 from penstock.deploy.config import Config, load_config
-from penstock.deploy.plan import make_plan
-from penstock.deploy.plan_cost import price
-from penstock.deploy.plan_record import Plan, Prices
-from penstock.deploy.plan_time import Course, Job, overlap
+from penstock.deploy.plan import fit as plan_fit
+from penstock.deploy.plan import rows as plan_rows
+from penstock.deploy.plan.cost import price
+from penstock.deploy.plan.make import make_plan
+from penstock.deploy.plan.record import Plan, Prices
+from penstock.deploy.plan.time import Course, Job, overlap
 from penstock.store.dataset import DatasetWriter
 from penstock.store.objects import open_store
 from services.command import small_config, write_config

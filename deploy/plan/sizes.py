@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from penstock.common.process import worker_name
-from penstock.deploy.plan_probe import Probe
-from penstock.deploy.plan_record import Plan
-from penstock.deploy.plan_resolved import Resolved
+from penstock.deploy.plan.probe import Probe
+from penstock.deploy.plan.record import Plan
+from penstock.deploy.plan.resolved import Resolved
 from penstock.store.arrays import dataset_arrays, zarr_metadata
 from penstock.store.commits import Commit, Moments, StoredObject
 from penstock.store.heads import CHECKPOINTS_KEPT

@@ -21,7 +21,7 @@ import torch
 
 from penstock.common.memory import peak_bytes, reset_peak
 from penstock.common.model.language_model import LanguageModel
-from penstock.deploy.plan_time import CPU
+from penstock.deploy.plan.time import CPU
 from penstock.producer.source import LanguageModelSource
 from penstock.store.arrays import dataset_arrays
 from penstock.store.corpus import Corpus

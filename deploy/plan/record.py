@@ -15,7 +15,7 @@ class Prices:
 
 @dataclass
 class Plan:
-    """What `penstock plan` says; see `plan_text` for how. Bytes, seconds and counts.
+    """What `penstock plan` says; see `text.py` for how. Bytes, seconds and counts.
 
     Attributes:
         estimated: rows are extrapolated from the beginning of the text.

@@ -7,11 +7,11 @@ import torch
 
 from penstock.common.errors import ConfigError, StoreError
 from penstock.common.memory import free_bytes, held_bytes
-from penstock.deploy.plan_probe import Probe, resource
-from penstock.deploy.plan_record import Plan
-from penstock.deploy.plan_resolved import Resolved, local_path
-from penstock.deploy.plan_sizes import stored_size, weight_bytes
-from penstock.deploy.plan_time import CPU
+from penstock.deploy.plan.probe import Probe, resource
+from penstock.deploy.plan.record import Plan
+from penstock.deploy.plan.resolved import Resolved, local_path
+from penstock.deploy.plan.sizes import stored_size, weight_bytes
+from penstock.deploy.plan.time import CPU
 from penstock.producer.memory import KEPT, bytes_held
 from penstock.store.objects import open_store
 from penstock.trainer.config import RunConfig

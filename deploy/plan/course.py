@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from penstock.deploy.plan_probe import Cost, Probe, evaluation_passes, probe, resource
-from penstock.deploy.plan_resolved import Resolved, cores, local_path
-from penstock.deploy.plan_time import CPU, Job, overlap
+from penstock.deploy.plan.probe import Cost, Probe, evaluation_passes, probe, resource
+from penstock.deploy.plan.resolved import Resolved, cores, local_path
+from penstock.deploy.plan.time import CPU, Job, overlap
 from penstock.store.objects import open_store
 from penstock.trainer.config import RunConfig
 

@@ -1,6 +1,6 @@
 """What storing costs, against making the rows again for every pass over them."""
 
-from penstock.deploy.plan_record import Plan, Prices
+from penstock.deploy.plan.record import Plan, Prices
 
 
 def price(plan: Plan, prices: Prices, hours: float | None, passes: int) -> None:

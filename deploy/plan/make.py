@@ -2,8 +2,8 @@
 
 Rows, bytes and objects follow from the manifest, which is resolved as a producer would. Where there is no
 corpus yet, the text is tokenised into a temporary directory; of long texts the beginning, and the rest is
-estimated. Times come from a short probe (`plan_probe`) and from how processes share this machine
-(`plan_time`): as if all producers and trainers ran here, and nothing else.
+estimated. Times come from a short probe (`probe.py`) and from how processes share this machine
+(`time.py`): as if all producers and trainers ran here, and nothing else.
 
     whole = start + corpus + loading the model + producing and training side by side + reports
 """
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from penstock.common.errors import ObjectMissing
 from penstock.deploy.config import Config
-from penstock.deploy.plan_cost import price
-from penstock.deploy.plan_record import Plan, Prices
-from penstock.deploy.plan_rows import Say, extrapolated, is_sample, planning_corpus
+from penstock.deploy.plan.cost import price
+from penstock.deploy.plan.record import Plan, Prices
+from penstock.deploy.plan.rows import Say, extrapolated, is_sample, planning_corpus
 from penstock.store.objects import open_store
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def make_plan(
     base_bytes, base_seconds = held_bytes(), time.process_time() - began
     from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel
-    from penstock.deploy.plan_fit import fit
-    from penstock.deploy.plan_resolved import Resolved
-    from penstock.deploy.plan_sizes import count
+    from penstock.deploy.plan.fit import fit
+    from penstock.deploy.plan.resolved import Resolved
+    from penstock.deploy.plan.sizes import count
     from penstock.producer.memory import store_threads
     from penstock.producer.plan import plan_dataset
     from penstock.store.arrays import PLAIN
@@ -88,7 +88,7 @@ def make_plan(
         count(what, plan, None)
         fit(what, plan, None)
         if probing:
-            from penstock.deploy.plan_course import course, measure
+            from penstock.deploy.plan.course import course, measure
 
             found = measure(what, probe_store, say)
             plan.seconds, plan.rates, hours = course(what, found, plan.committed, share)

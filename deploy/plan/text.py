@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from penstock.deploy.plan_record import Plan
+from penstock.deploy.plan.record import Plan
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""`penstock plan`: what a config will take."""
