@@ -134,14 +134,11 @@ def submit(config: Config) -> list[tuple[str, bool]]:
 
     if not config.runs:
         raise ConfigError("runs: no run is configured; add one")
+    wanted = [(settings, open_data(config, settings)) for settings in config.runs]
     runs = open_store(config.runs_url)
     runs.probe()
-    submitted = []
-    for settings in config.runs:
-        data = open_data(config, settings)
-        run, new = submit_run(runs, data, settings, _budget(config, data))
-        submitted.append((run.run_id, new))
-    return submitted
+    submitted = [submit_run(runs, data, settings, _budget(config, data)) for settings, data in wanted]
+    return [(run.run_id, new) for run, new in submitted]
 
 
 def open_data(config: Config, run: "RunSettings") -> "JoinedDataset":

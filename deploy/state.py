@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from penstock.common.errors import ObjectMissing
 from penstock.deploy.config import Config
 from penstock.store.objects import open_store
+
+if TYPE_CHECKING:
+    from penstock.store.dataset import Dataset
 
 CONFIG_FILE = "penstock.json"
 """The resolved config, below the work directory, for child processes."""
@@ -70,36 +74,42 @@ def read_state(config: Config) -> State:
         return State(corpus_sequences=sequences)
     committed = dataset.committed()
     rows = dataset.manifest.rows
+    committed_rows = sum(rows[index] for index in committed)
     return State(
         corpus_sequences=sequences,
         planned=dataset.n_chunks,
         committed=len(committed),
         rows=sum(rows),
-        committed_rows=sum(rows[index] for index in committed),
-        runs=dict(_read_runs(config)),
+        committed_rows=committed_rows,
+        runs=dict(_read_runs(config, {config.dataset.url: (dataset, committed_rows)})),
     )
 
 
-def _read_runs(config: Config) -> Iterator[tuple[str, RunState]]:
-    """Each run of a config by its id; by its name where a dataset is missing that it is to read."""
+def _read_runs(config: Config, opened: "dict[str, tuple[Dataset, int]]") -> Iterator[tuple[str, RunState]]:
+    """Each run of a config by its id; by its name where a dataset is missing that it is to read.
+
+    Args:
+        opened: datasets by URL, with the rows that are committed; each is opened once.
+    """
     if not config.runs:
         return
-    from penstock.store.joined import open_datasets
+    from penstock.store.dataset import open_dataset
+    from penstock.store.joined import JoinedDataset
     from penstock.trainer.config import resolve_run
 
-    stored: dict[str, int] = {}
     for settings in config.runs:
+        urls = config.datasets_of(settings)
         try:
-            data = open_datasets(config.datasets_of(settings))
+            for url in urls:
+                if url not in opened:
+                    part = open_dataset(url)
+                    opened[url] = part, sum(part.manifest.rows[index] for index in part.committed())
         except ObjectMissing as error:
             yield settings.name, replace(NOT_SUBMITTED, reason=str(error))
             continue
-        for part in data.parts:
-            if part.url not in stored:
-                stored[part.url] = sum(part.manifest.rows[index] for index in part.committed())
-        run_id = resolve_run(settings, data).run_id
+        run_id = resolve_run(settings, JoinedDataset([opened[url][0] for url in urls])).run_id
         run = read_run(config.runs_url, run_id)
-        yield run_id, replace(run, stored_rows=sum(stored[part.url] for part in data.parts))
+        yield run_id, replace(run, stored_rows=sum(opened[url][1] for url in urls))
 
 
 def read_run(runs_url: str, run_id: str) -> RunState:

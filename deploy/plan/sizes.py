@@ -15,7 +15,8 @@ from penstock.deploy.plan.resolved import Resolved
 from penstock.store.arrays import dataset_arrays, zarr_metadata
 from penstock.store.commits import Commit, Moments, StoredObject
 from penstock.store.heads import CHECKPOINTS_KEPT
-from penstock.store.layout import ACTS
+from penstock.store.index import Columns, encode_block
+from penstock.store.layout import ACTS, BLOCK_CHUNKS
 from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore
 from penstock.store.records import Record, encode_record
@@ -71,8 +72,17 @@ def metadata_size(manifest: Manifest, readers: int, url: str) -> Size:
         + Size(len(manifest.encode()), 1).times(2)
         + Size(len(encode_record(commit.record())), 1).times(manifest.n_chunks)
         + Size(len(encode_record(provenance)), 1).times(2 * manifest.n_chunks)
+        + _index_size(manifest, commit)
         + Size(len(encode_record(reader)), 1).times(2 * readers)
     )
+
+
+def _index_size(manifest: Manifest, commit: Commit) -> Size:
+    columns, total = Columns.of(manifest), Size(0, 0)
+    for first in range(0, manifest.n_chunks, BLOCK_CHUNKS):
+        n = min(BLOCK_CHUNKS, manifest.n_chunks - first)
+        total += Size(len(encode_block(columns, [commit] * n)), 1)
+    return total
 
 
 def stored_size(store: ObjectStore) -> Size:

@@ -53,7 +53,7 @@ def read(url: str, environment: dict[str, str], prefix: list[str]) -> list[str]:
 def closed(tmp_path: Path) -> Iterator[Path]:
     """A dataset below which nothing may be written, as long as permissions bind."""
     directory = tmp_path / "dataset"
-    write_dataset(directory)
+    write_dataset(directory, indexed=True)
     everything = [directory, *directory.rglob("*")]
     for path in everything:
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -83,7 +83,7 @@ def test_on_ceph(ceph: CephGateway, clean_aws: pytest.MonkeyPatch, tmp_path: Pat
     bucket = ceph.make_bucket()
     url = f"s3://{bucket}/some/dataset"
     local, remote = open_store(str(tmp_path)), open_store(url)
-    write_dataset(tmp_path)
+    write_dataset(tmp_path, indexed=True)
     for key, _ in local.list(""):
         remote.create(key, local.get(key))
     before = ceph.keys(bucket)

@@ -9,10 +9,10 @@ from typing import Any
 from unittest.mock import patch
 
 from penstock.producer import work
-from penstock.store import index, queue
-from penstock.store.arrays import ArraySpec, encode_payload
+from penstock.store import dataset, index, queue
+from penstock.store.arrays import ArraySpec
 from penstock.store.commits import Commit, Committed, committed_indices, find_commit, list_commits
-from penstock.store.dataset import DatasetWriter
+from penstock.store.dataset import Chunk, DatasetWriter, arranged
 from penstock.store.heads import Head, StoredFile, kept_checkpoints
 from penstock.store.layout import FORMAT_VERSION, checkpoint_prefix, floor_key, head_key
 from penstock.store.objects import ObjectStore
@@ -58,12 +58,18 @@ def head_before_its_checkpoint() -> Any:
     return patch.object(Lineage, "commit", commit)
 
 
+def _own(spec: ArraySpec, array: Any, chunk: Chunk) -> Any:
+    payload = dataset.Payload(array, dataset.describe_bytes(spec.encode(array)))
+    return dataset._describe(spec, payload, chunk.rows)
+
+
 def overwrite_chunks() -> Any:
     """The last writer of a chunk's objects wins."""
 
-    def store(self: DatasetWriter, spec: ArraySpec, index: int, array: Any) -> tuple[str, Any]:
-        self.store.put(spec.key("activations.zarr", index), encode_payload(array))
-        return spec.path, array
+    def store(self: DatasetWriter, spec: ArraySpec, index: int, chunk: Chunk, order: Any) -> Any:
+        array = arranged(spec, chunk, order)
+        self.store.put(spec.key("activations.zarr", index), spec.encode(array))
+        return _own(spec, array, chunk)
 
     return patch.object(DatasetWriter, "_store", store)
 
@@ -71,9 +77,10 @@ def overwrite_chunks() -> Any:
 def commit_of_ones_own_bytes() -> Any:
     """A commit describes what its writer made, and not what is stored."""
 
-    def store(self: DatasetWriter, spec: ArraySpec, index: int, array: Any) -> tuple[str, Any]:
-        self.store.create(spec.key("activations.zarr", index), encode_payload(array))
-        return spec.path, array
+    def store(self: DatasetWriter, spec: ArraySpec, index: int, chunk: Chunk, order: Any) -> Any:
+        array = arranged(spec, chunk, order)
+        self.store.create(spec.key("activations.zarr", index), spec.encode(array))
+        return _own(spec, array, chunk)
 
     return patch.object(DatasetWriter, "_store", store)
 

@@ -169,7 +169,8 @@ def test_commits_describe_the_stored_bytes(dataset: Dataset) -> None:
             assert len(data) <= dataset.manifest.chunk_bytes()
 
 
-def test_a_whole_dataset_has_no_faults(dataset: Dataset) -> None:
+def test_a_whole_dataset_has_no_faults(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "whole", compressed(), indexed=True)
     assert not list(dataset_faults(dataset))
 
 
