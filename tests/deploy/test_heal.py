@@ -70,6 +70,7 @@ def test_every_kind_of_object_is_among_them(work: Path, files: dict[Path, bytes]
         *("corpus/.json", "corpus/.copy", "corpus/corpus.zarr/", "corpus/corpus.zarr/.json"),
         *("dataset/.json", "dataset/.copy", "dataset/commits/.json", "dataset/activations.zarr/"),
         *("dataset/activations.zarr/.json", "dataset/provenance/.json", "dataset/readers/.json"),
+        "dataset/index/.safetensors",
         *("runs/.json", "runs/.copy", "runs/heads/.json", "runs/heads/.copy"),
         *("runs/history/.json", "runs/checkpoints/.safetensors"),
     ):
