@@ -34,10 +34,12 @@ from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.producer.plan import DatasetSettings, plan_dataset
 from penstock.producer.source import LanguageModelSource
 from penstock.store.arrays import BLOSC, BLOSC_BLOCK, PLAIN, decode_payload, encode_payload
+from penstock.store.chunks import Chunk
 from penstock.store.corpus import Corpus
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.store.dataset import Dataset
 from penstock.store.manifest import Manifest
 from penstock.store.objects import open_store
+from penstock.store.writer import DatasetWriter
 
 SEQUENCES, CONTEXT, CHUNKS = 64, 256, 3
 READ_CHUNKS = 8

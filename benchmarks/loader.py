@@ -21,11 +21,13 @@ from torch import Tensor
 from benchmarks.measure import WARM_UPS, Case, Work, take_turns
 from benchmarks.peer import PYTHON, Peer
 from penstock.store.arrays import BFLOAT16
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.layout import FORMAT_VERSION
 from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
 from penstock.store.objects import open_store
 from penstock.store.order import ReadingOrder, batch_bounds
+from penstock.store.writer import DatasetWriter
 
 HOOK, D_IN = "synthetic", 768
 CONTEXT, SEQUENCES = 256, 64

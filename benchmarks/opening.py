@@ -129,10 +129,11 @@ def _config(url: str) -> Any:
 def _write(url: str, n: int) -> None:
     """N chunks in index blocks, a tail of `TAIL` commits, and `MADE` that are still to be made."""
     from penstock.store.commits import Commit, Moments, StoredObject, create_commit
-    from penstock.store.dataset import Dataset, DatasetWriter
+    from penstock.store.dataset import Dataset
     from penstock.store.index import Columns, encode_block
     from penstock.store.layout import block_range, index_key
     from penstock.store.objects import open_store
+    from penstock.store.writer import DatasetWriter
     from penstock.trainer.config import submit_run
 
     manifest = _manifest(n + TAIL + MADE)
@@ -165,10 +166,11 @@ def _produce(url: str) -> tuple[float, float]:
     from penstock.producer.loop import produce
     from penstock.producer.sink import Sink
     from penstock.producer.work import Work
-    from penstock.store.dataset import DatasetWriter, open_dataset
+    from penstock.store.dataset import open_dataset
     from penstock.store.objects import open_store
     from penstock.store.queue import ChunkQueue
     from penstock.store.retention import Retention
+    from penstock.store.writer import DatasetWriter
 
     manifest = open_dataset(url).manifest
     moments: list[float] = []
@@ -210,7 +212,7 @@ class _Source:
 
     def chunk(self, index: int) -> Any:
         from penstock.store.arrays import BFLOAT16
-        from penstock.store.dataset import Chunk
+        from penstock.store.chunks import Chunk
 
         rows = np.arange(ROWS)
         return Chunk(

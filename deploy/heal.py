@@ -122,8 +122,8 @@ class Repair:
         self._say(f"{self._config.corpus.url}: {count} objects packed again")
 
     def _make_chunks(self, url: str, found: list[Fault]) -> None:
-        from penstock.store.dataset import DatasetWriter
         from penstock.store.manifest import load_manifest
+        from penstock.store.writer import DatasetWriter
 
         chunks = sorted({fault.chunk for fault in found if fault.chunk is not None})
         if not chunks:

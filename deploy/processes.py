@@ -60,9 +60,9 @@ def produce(config: Config) -> None:
     from penstock.producer.memory import store_threads
     from penstock.producer.sink import Sink
     from penstock.producer.work import Work
-    from penstock.store.dataset import DatasetWriter
     from penstock.store.queue import ChunkQueue, Presence
     from penstock.store.retention import Retention, budget_chunks, check_quota
+    from penstock.store.writer import DatasetWriter
 
     stop = stop_on_signals()
     health, worker = Health(), worker_name("producer")

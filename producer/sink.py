@@ -11,10 +11,11 @@ from penstock.common.errors import DataError
 from penstock.common.logs import LOGGER
 from penstock.common.redis import Client
 from penstock.producer.work import Task, Work
-from penstock.store.dataset import Chunk, DatasetWriter
+from penstock.store.chunks import Chunk
 from penstock.store.layout import FORMAT_VERSION, commit_key, quarantine_key
 from penstock.store.queue import registered_feeds
 from penstock.store.retention import delete_chunk
+from penstock.store.writer import DatasetWriter
 
 MISMATCHES = 3
 """Recomputations that are not what was committed, all by one producer, before a chunk is quarantined."""

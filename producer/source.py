@@ -9,8 +9,8 @@ import torch
 
 from penstock.common.model.language_model import LanguageModel
 from penstock.store.arrays import BFLOAT16
+from penstock.store.chunks import Chunk
 from penstock.store.corpus import Corpus
-from penstock.store.dataset import Chunk
 from penstock.store.manifest import Manifest
 
 

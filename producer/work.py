@@ -11,11 +11,11 @@ from penstock.common import metrics
 from penstock.common.errors import DataError, Unavailable
 from penstock.common.logs import LOGGER
 from penstock.store.commits import list_commits
-from penstock.store.dataset import DatasetWriter
 from penstock.store.index import index_block
 from penstock.store.layout import commit_key
 from penstock.store.queue import ChunkQueue
 from penstock.store.retention import Retention
+from penstock.store.writer import DatasetWriter
 
 RECONCILE_SECONDS = 30.0
 """The queue is compared with the store this often, whatever happens."""

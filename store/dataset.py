@@ -1,87 +1,28 @@
-"""Datasets: chunks written once by producers, read by anyone.
+"""Reading a dataset: chunks written once by producers (`writer.py`), read by anyone.
 
 Only committed chunks exist. A missing Zarr chunk reads as zeros, silently, through any Zarr reader;
 here chunk objects are fetched by key, absence is an error, and every object's size and crc32c are
 compared with the commit before a row is used.
 """
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from penstock.common.errors import DamagedObject, DataError, ModelError, ObjectMissing, UserError
-from penstock.common.permutation import permutation
-from penstock.store.arrays import (
-    ArraySpec,
-    create_arrays,
-    dataset_arrays,
-    payload_checksum,
-)
-from penstock.store.commits import (
-    Commit,
-    Moments,
-    StoredObject,
-    committed_indices,
-    create_commit,
-    list_commits,
-    read_commit,
-)
+from penstock.common.errors import DamagedObject, UserError
+from penstock.store.arrays import dataset_arrays
+from penstock.store.chunks import UNUSED, Array, Chunk, describe_bytes
+from penstock.store.commits import Commit, Moments, committed_indices, list_commits, read_commit
 from penstock.store.index import CommitIndex, overall_moments
-from penstock.store.layout import (
-    ACTS,
-    ARRAYS,
-    POSITION,
-    SEQUENCE,
-    TOKENS,
-    acts_array,
-    commit_key,
-    provenance_key,
-)
-from penstock.store.manifest import Manifest, load_manifest, publish_manifest
+from penstock.store.layout import ARRAYS, POSITION, SEQUENCE, TOKENS, acts_array
+from penstock.store.manifest import Manifest, load_manifest
 from penstock.store.objects import ObjectStore, open_store
-from penstock.store.records import encode_record
 
 if TYPE_CHECKING:
     from penstock.store.loader import Batches
     from penstock.store.lookup import Context, Rows
     from penstock.store.torch_dataset import TorchBatches
-
-Array = npt.NDArray[np.generic]
-
-UNUSED = -1
-"""`sequence` of a chunk's tail rows that hold nothing."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The used rows of one chunk (R rows or fewer).
-
-    Attributes:
-        acts: per hook, [rows, d_in] bfloat16.
-        tokens, sequence, position: [rows]; where each row came from.
-    """
-
-    index: int
-    acts: dict[str, Array]
-    tokens: npt.NDArray[np.int32]
-    sequence: npt.NDArray[np.int64]
-    position: npt.NDArray[np.int32]
-
-    @property
-    def rows(self) -> int:
-        return len(self.tokens)
-
-    def array(self, path: str) -> Array:
-        """The rows that belong into an array of the dataset."""
-        if path.startswith(ACTS):
-            return self.acts[path.removeprefix(ACTS)]
-        others: dict[str, Array] = {TOKENS: self.tokens, SEQUENCE: self.sequence, POSITION: self.position}
-        return others[path]
 
 
 class Dataset:
@@ -295,225 +236,3 @@ def open_dataset(url: str) -> Dataset:
 
 def _opened_again(url: str, manifest: Manifest) -> Dataset:
     return Dataset(open_store(url), manifest)
-
-
-class DatasetWriter:
-    """Writes chunks of a dataset: objects first, first writer wins, then the commit.
-
-    Args:
-        pool: stores a chunk's objects side by side; one of its own by default.
-    """
-
-    def __init__(self, store: ObjectStore, manifest: Manifest, pool: Executor | None = None) -> None:
-        self.store = store
-        self.manifest = publish_manifest(store, manifest)
-        self.specs = dataset_arrays(self.manifest)
-        create_arrays(store, ARRAYS, self.specs)
-        self.pool = pool or ThreadPoolExecutor(len(self.specs), thread_name_prefix="put")
-
-    def write(self, index: int, chunk: Chunk, worker: str | None = None) -> tuple[Commit, bool]:
-        """Store and commit a chunk.
-
-        Args:
-            worker: who makes it, for provenance.
-
-        Returns:
-            The commit as stored, and whether this call made it.
-
-        Raises:
-            DamagedObject: an object is there already and is not a whole chunk.
-            ModelError: the rows are not finite; nothing was stored.
-            ValueError: they are not what the manifest plans.
-        """
-        self._check(index, chunk)
-        order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
-        parts = list(self.pool.map(lambda spec: self._store(spec, index, chunk, order), self.specs))
-        commit = _commit(self.manifest, index, dict(zip(self.specs, parts, strict=True)))
-        if worker is not None:
-            told = {"index": index, "worker": worker, "time": time.time()}
-            self.store.put_guarded(provenance_key(index, worker), told)
-        if create_commit(self.store, commit):
-            return commit, True
-        return read_commit(self.store, index), False
-
-    def mend(self, index: int, chunk: Chunk) -> bool:
-        """Make a committed chunk whole again from a recomputation.
-
-        Nothing is deleted first: only one content is valid, and objects that have it stay untouched.
-
-        Returns:
-            False if the recomputation is not what was committed; nothing was changed.
-        """
-        self._check(index, chunk)
-        order = permutation(chunk.rows, self.manifest.seed, "chunk", index)
-        try:
-            commit = read_commit(self.store, index)
-        except DataError as error:
-            indexed = CommitIndex(self.store, self.manifest).find(index)
-            if indexed is None and isinstance(error, ObjectMissing):
-                self.write(index, chunk)
-                return True
-            commit = indexed or self._remember(index, chunk, order)
-        broken: dict[str, bytes] = {}
-        for spec in self.specs:
-            if not is_as_committed(self.store, spec, commit):
-                data = spec.encode(arranged(spec, chunk, order))
-                if commit.objects.get(spec.path) != describe_bytes(data):
-                    return False
-                broken[spec.key(ARRAYS, index)] = data
-        for key, data in broken.items():
-            self.store.put(key, data)
-        restore_commit(self.store, commit)
-        return True
-
-    def close(self) -> None:
-        self.pool.shutdown()
-
-    def _check(self, index: int, chunk: Chunk) -> None:
-        """Refuse what must not be stored, before anything is."""
-        if chunk.rows != self.manifest.rows[index]:
-            raise ValueError(f"chunk {index} has {chunk.rows} rows, not {self.manifest.rows[index]}")
-        for spec in self.specs:
-            given = chunk.array(spec.path)
-            if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
-                raise ValueError(
-                    f"chunk {index}: {spec.path} is {given.dtype} {list(given.shape)}, not "
-                    f"{spec.dtype} [rows{''.join(f', {n}' for n in spec.shape[1:])}]"
-                )
-        if not all(self.pool.map(is_finite, chunk.acts.values())):
-            raise ModelError("the model gave non-finite activations; nothing was committed")
-
-    def _store(self, spec: ArraySpec, index: int, chunk: Chunk, order: npt.NDArray[np.int64]) -> "_Part":
-        """Store one array of a chunk. Only as many at a time are laid out as there are threads for it."""
-        array = arranged(spec, chunk, order)
-        data = spec.encode(array)
-        payload = Payload(array, describe_bytes(data))
-        if not self.store.create(spec.key(ARRAYS, index), data):
-            # Someone was here before: what is stored counts, if it is whole.
-            payload = load_payload(self.store, spec, index)
-        return _describe(spec, payload, chunk.rows)
-
-    def _remember(self, index: int, chunk: Chunk, order: npt.NDArray[np.int64]) -> Commit:
-        """The commit of a chunk whose commit is damaged: whole objects count, the rest is recomputed."""
-        parts = {}
-        for spec in self.specs:
-            try:
-                payload = load_payload(self.store, spec, index)
-            except DataError:
-                array = arranged(spec, chunk, order)
-                payload = Payload(array, describe_bytes(spec.encode(array)))
-            parts[spec] = _describe(spec, payload, chunk.rows)
-        return _commit(self.manifest, index, parts)
-
-
-@dataclass(frozen=True)
-class Payload:
-    """A chunk of one array, and the object that it is stored as."""
-
-    array: Array
-    stored: StoredObject
-
-
-def describe_bytes(data: bytes) -> StoredObject:
-    """A stored object as its commit describes it."""
-    return StoredObject(len(data), payload_checksum(data))
-
-
-def load_payload(store: ObjectStore, spec: ArraySpec, index: int) -> Payload:
-    """A stored object by itself, checked against its own checksum only.
-
-    Raises:
-        ObjectMissing, DamagedObject
-    """
-    key = spec.key(ARRAYS, index)
-    data = store.get(key)
-    return Payload(spec.decode(data, f"{store.url}/{key}"), describe_bytes(data))
-
-
-def is_as_committed(store: ObjectStore, spec: ArraySpec, commit: Commit) -> bool:
-    """Whether an object of a chunk is there with the bytes that its commit describes."""
-    try:
-        return commit.objects.get(spec.path) == load_payload(store, spec, commit.index).stored
-    except DataError:
-        return False
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a commit says of one array's object; `rows` only of the array that tells."""
-
-    stored: StoredObject
-    moments: Moments | None
-    rows: int | None
-
-
-def _describe(spec: ArraySpec, payload: Payload, rows: int) -> _Part:
-    array = payload.array
-    return _Part(
-        stored=payload.stored,
-        moments=moments(array[:rows]) if spec.path.startswith(ACTS) else None,
-        rows=int(np.count_nonzero(array != UNUSED)) if spec.path == SEQUENCE else None,
-    )
-
-
-def _commit(manifest: Manifest, index: int, parts: dict[ArraySpec, _Part]) -> Commit:
-    rows = next(part.rows for part in parts.values() if part.rows is not None)
-    if rows != manifest.rows[index]:
-        raise DamagedObject(f"the stored chunk {index} has {rows} rows, not {manifest.rows[index]}")
-    return Commit(
-        index=index,
-        rows=rows,
-        objects={spec.path: part.stored for spec, part in parts.items()},
-        moments={spec.path.removeprefix(ACTS): part.moments for spec, part in parts.items() if part.moments},
-    )
-
-
-def describe_stored(store: ObjectStore, manifest: Manifest, index: int) -> Commit:
-    """The commit of a chunk's stored objects: a function of their bytes alone.
-
-    Raises:
-        ObjectMissing, DamagedObject: one of them is not whole.
-    """
-    rows = manifest.rows[index]
-    parts = {
-        spec: _describe(spec, load_payload(store, spec, index), rows) for spec in dataset_arrays(manifest)
-    }
-    return _commit(manifest, index, parts)
-
-
-def restore_commit(store: ObjectStore, commit: Commit) -> None:
-    """Write a commit's bytes, the only ones it can have, where they are not."""
-    key, data = commit_key(commit.index), encode_record(commit.record())
-    if not store.create(key, data) and store.get(key) != data:
-        store.put(key, data)
-
-
-def arranged(spec: ArraySpec, chunk: Chunk, order: npt.NDArray[np.int64]) -> Array:
-    """An array of a chunk as it is stored: rows permuted, then unused ones up to R."""
-    # 16-bit integers gather faster than bfloat16, and the bits are the same
-    plain = np.uint16 if spec.dtype.itemsize == 2 else spec.dtype
-    full = np.empty(spec.chunk_shape, spec.dtype)
-    full[len(order) :] = UNUSED if spec.path == SEQUENCE else 0
-    np.take(chunk.array(spec.path).view(plain), order, axis=0, out=full.view(plain)[: len(order)])
-    return full
-
-
-def is_finite(acts: Array) -> bool:
-    """Whether all of [rows, d_in] bfloat16 are: none has an exponent of all ones."""
-    bits = acts.view(np.uint16)
-    exponent = np.uint16(0x7F80)
-    blocks = (bits[start : start + 1024] for start in range(0, len(bits), 1024))
-    return not any(((block & exponent) == exponent).any() for block in blocks)
-
-
-def moments(acts: Array) -> Moments:
-    """Moments of [rows, d_in] bfloat16 rows, accumulated in float64 over float32 blocks."""
-    norms = []
-    largest = 0.0
-    for start in range(0, len(acts), 1024):
-        block = acts[start : start + 1024].astype(np.float32)
-        norms.append(np.einsum("rd,rd->r", block, block, dtype=np.float64))
-        largest = max(largest, float(np.abs(block).max(initial=0.0)))
-    squared = np.concatenate(norms) if norms else np.zeros(0)
-    count = max(1, len(squared))
-    return Moments(float(np.sqrt(squared).sum()) / count, float(squared.sum()) / count, largest)

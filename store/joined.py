@@ -11,7 +11,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from penstock.common.errors import UserError
-from penstock.store.dataset import Chunk, Dataset, open_dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import commit_key
 from penstock.store.manifest import Manifest
 from penstock.store.order import first_chunk, locate

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from penstock.common import metrics
 from penstock.common.errors import DamagedObject, DataError, ObjectMissing, UserError
-from penstock.store.dataset import Chunk
+from penstock.store.chunks import Chunk
 from penstock.store.joined import JoinedDataset
 from penstock.store.layout import POSITION, SEQUENCE, TOKENS
 from penstock.store.order import ReadingOrder, Window, batch_bounds

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from penstock.common.errors import DamagedObject, ObjectMissing, UserError
 from penstock.store.arrays import BFLOAT16
+from penstock.store.chunks import Array
 from penstock.store.commits import Commit
-from penstock.store.dataset import Array, Dataset
+from penstock.store.dataset import Dataset
 from penstock.store.layout import POSITION, SEQUENCE, TOKENS, acts_array
 from penstock.store.resume import pin_chunks
 

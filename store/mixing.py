@@ -18,7 +18,8 @@ import torch
 
 from penstock.common.errors import UserError
 from penstock.common.permutation import counter_hash, derive_key
-from penstock.store.dataset import Chunk, Dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.loader import AsStored, WindowReader
 from penstock.store.order import ReadingOrder, Window, batch_bounds
 

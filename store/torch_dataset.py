@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from penstock.common.errors import DamagedObject, DataError, UserError
-from penstock.store.dataset import Chunk, Dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.joined import JoinedDataset
 from penstock.store.loader import AsStored, WindowLoader, WindowReader, refuse_passing
 from penstock.store.local import LocalStore

@@ -13,9 +13,10 @@ from itertools import groupby
 
 from penstock.common.errors import DataError, ObjectMissing, PenstockError
 from penstock.store.arrays import ArraySpec, dataset_arrays, zarr_metadata
+from penstock.store.chunks import describe_stored, is_as_committed, load_payload, restore_commit
 from penstock.store.commits import Commit, read_commit
 from penstock.store.corpus import Corpus, corpus_arrays
-from penstock.store.dataset import Dataset, describe_stored, is_as_committed, load_payload, restore_commit
+from penstock.store.dataset import Dataset
 from penstock.store.index import Columns, IndexBlock, encode_block, read_block
 from penstock.store.layout import (
     ARRAYS,
@@ -117,10 +118,12 @@ def dataset_faults(dataset: Dataset, on_chunk: Callable[[int], None] = lambda in
         for index in indices:
             try:
                 commits.append(read_commit(store, index))
+                commit: Commit | None = commits[-1]
             except DataError as error:
                 yield _commit_fault(dataset, index, str(error), indexed)
-            else:
-                yield from _chunk_faults(store, commits[-1], [] if index < floor or index in gone else specs)
+                commit = indexed.commit(index) if indexed else None
+            if commit is not None and index >= floor and index not in gone:
+                yield from _chunk_faults(store, commit, specs)
             on_chunk(index)
         yield from _index_faults(dataset, block, commits, problem)
 

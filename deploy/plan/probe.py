@@ -24,13 +24,15 @@ from penstock.common.model.language_model import LanguageModel
 from penstock.deploy.plan.time import CPU
 from penstock.producer.source import LanguageModelSource
 from penstock.store.arrays import dataset_arrays
+from penstock.store.chunks import Chunk
 from penstock.store.corpus import Corpus
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.store.dataset import Dataset
 from penstock.store.joined import JoinedDataset
 from penstock.store.layout import ACTS, ARRAYS
 from penstock.store.loader import AsStored, WindowReader
 from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore, open_store
+from penstock.store.writer import DatasetWriter
 from penstock.trainer.config import RunSettings, resolve_run
 from penstock.trainer.evaluate import evaluate
 from penstock.trainer.group import Group

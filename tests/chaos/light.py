@@ -22,7 +22,7 @@ from typing import Any
 from penstock.deploy import cli, processes, supervisor
 from penstock.deploy.config import Config
 from penstock.producer.plan import DatasetSettings
-from penstock.store.dataset import Chunk
+from penstock.store.chunks import Chunk
 from penstock.store.local import LocalStore
 from penstock.store.manifest import Manifest
 from penstock.trainer.group import Group

@@ -10,10 +10,11 @@ from chaos.campaign import Result
 from chaos.compare import Facts, Verdict, gather, judge, rows_along
 from chaos.disturbed import Tally
 from chaos.light import chunk_rows
-from penstock.store.dataset import Dataset, DatasetWriter, open_dataset
+from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.joined import JoinedDataset
 from penstock.store.local import LocalStore
 from penstock.store.objects import open_store
+from penstock.store.writer import DatasetWriter
 from penstock.trainer.config import RunConfig, submit_run
 from penstock.trainer.lineage import take_over
 from services.runs import run_settings

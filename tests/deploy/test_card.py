@@ -15,9 +15,11 @@ import yaml
 from penstock.deploy.card import Licences, shown_url, write_card
 from penstock.deploy.cli import main
 from penstock.store.arrays import BFLOAT16, BLOSC
-from penstock.store.dataset import Chunk, DatasetWriter, open_dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import open_dataset
 from penstock.store.objects import open_store
 from penstock.store.statistics import BINS, measure_statistics
+from penstock.store.writer import DatasetWriter
 from services.moto import MotoServer
 from services.synthetic import MLP, RESID, ROWS, SyntheticSource, make_manifest, write_dataset
 

@@ -17,8 +17,8 @@ from penstock.deploy.plan.cost import price
 from penstock.deploy.plan.make import make_plan
 from penstock.deploy.plan.record import Plan, Prices
 from penstock.deploy.plan.time import Course, Job, overlap
-from penstock.store.dataset import DatasetWriter
 from penstock.store.objects import open_store
+from penstock.store.writer import DatasetWriter
 from services.command import small_config, write_config
 from services.lm import shipped_model
 from services.moto import MotoServer

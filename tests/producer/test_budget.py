@@ -11,11 +11,12 @@ from penstock.common.errors import StoreError
 from penstock.common.redis import Client
 from penstock.producer.work import Task
 from penstock.store.arrays import dataset_arrays
-from penstock.store.dataset import Dataset, DatasetWriter, open_dataset
+from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import ARRAYS, commit_key, config_key
 from penstock.store.local import LocalStore
 from penstock.store.queue import ChunkQueue
 from penstock.store.retention import Reader, newest_floor, register_reader
+from penstock.store.writer import DatasetWriter
 from services.producing import CountingSource, Producer, run_together
 from services.synthetic import CHUNKS, SyntheticSource, make_manifest, write_dataset
 from services.trees import tree_digests

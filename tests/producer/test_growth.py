@@ -11,8 +11,9 @@ from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.producer.plan import DatasetSettings, plan_dataset
 from penstock.producer.source import LanguageModelSource
 from penstock.store.corpus import Corpus
-from penstock.store.dataset import Dataset, DatasetWriter
+from penstock.store.dataset import Dataset
 from penstock.store.objects import open_store
+from penstock.store.writer import DatasetWriter
 from services.lm import MLP_2, RESID_3, shipped_model, shipped_tokenizer, write_text
 
 PER_CHUNK = 6

@@ -16,9 +16,11 @@ from penstock.common.heartbeat import Heartbeat
 from penstock.common.redis import Client
 from penstock.producer import work as work_module
 from penstock.producer.work import Task
-from penstock.store.dataset import Chunk, DatasetWriter, open_dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import open_dataset
 from penstock.store.objects import open_store
 from penstock.store.queue import ChunkQueue, Feed, FeedSpec, register_feed
+from penstock.store.writer import DatasetWriter
 from services.producing import CountingSource, Producer, run_together
 from services.synthetic import CHUNKS, SyntheticSource, make_manifest
 from services.trees import tree_digests

@@ -14,7 +14,8 @@ from penstock.common.redis import Client
 from penstock.producer import sink as sink_module
 from penstock.producer.work import Task, Work
 from penstock.store.arrays import BFLOAT16
-from penstock.store.dataset import Chunk, Dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.layout import ARRAYS, commit_key, index_key
 from penstock.store.manifest import Manifest
 from penstock.store.queue import ChunkQueue

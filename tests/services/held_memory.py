@@ -17,8 +17,8 @@ from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.producer.memory import store_threads
 from penstock.producer.plan import DatasetSettings, plan_dataset
 from penstock.producer.source import LanguageModelSource
+from penstock.store.chunks import Chunk
 from penstock.store.corpus import Corpus
-from penstock.store.dataset import Chunk
 from penstock.store.manifest import Manifest
 from penstock.store.objects import open_store
 from services.lm import shipped_model, shipped_tokenizer, write_text

@@ -11,11 +11,13 @@ from penstock.common.redis import Client
 from penstock.producer.loop import produce
 from penstock.producer.sink import Sink
 from penstock.producer.work import Work
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.queue import ChunkQueue, repairs_wanted
 from penstock.store.retention import Retention
+from penstock.store.writer import DatasetWriter
 from services.runs import Bench
 from services.synthetic import SyntheticSource, make_manifest
 

@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from penstock.common.permutation import permutation
 from penstock.store.arrays import BFLOAT16, dataset_arrays
+from penstock.store.chunks import Chunk, arranged
 from penstock.store.commits import list_commits
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter, arranged
+from penstock.store.dataset import Dataset
 from penstock.store.index import index_block
 from penstock.store.layout import FORMAT_VERSION
 from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin
 from penstock.store.objects import open_store
+from penstock.store.writer import DatasetWriter
 
 RESID, MLP = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
 WIDTHS = {RESID: 8, MLP: 16}

@@ -20,13 +20,13 @@ from penstock.producer.loop import produce
 from penstock.producer.sink import Sink
 from penstock.producer.work import Work
 from penstock.store.arrays import dataset_arrays, zarr_metadata
-from penstock.store.dataset import DatasetWriter
 from penstock.store.joined import open_datasets
 from penstock.store.layout import acts_array, chunk_key
 from penstock.store.manifest import Manifest
 from penstock.store.objects import open_store
 from penstock.store.queue import ChunkQueue, Presence
 from penstock.store.retention import Retention
+from penstock.store.writer import DatasetWriter
 from penstock.trainer.config import RunSettings, chunks_needed, submit_run
 from penstock.trainer.worker import work
 from penstock.trainer.workplace import Workplace

@@ -17,7 +17,7 @@ import torch
 
 from penstock.common.permutation import permutation
 from penstock.store.arrays import BFLOAT16
-from penstock.store.dataset import Chunk
+from penstock.store.chunks import Chunk
 from penstock.store.heads import Head
 from penstock.store.loader import LoadedWindow, WindowReader
 from penstock.store.manifest import Manifest

@@ -9,14 +9,15 @@ from typing import Any
 from unittest.mock import patch
 
 from penstock.producer import work
-from penstock.store import dataset, index, queue
+from penstock.store import chunks, index, queue
 from penstock.store.arrays import ArraySpec
+from penstock.store.chunks import Chunk, arranged
 from penstock.store.commits import Commit, Committed, committed_indices, find_commit, list_commits
-from penstock.store.dataset import Chunk, DatasetWriter, arranged
 from penstock.store.heads import Head, StoredFile, kept_checkpoints
 from penstock.store.layout import FORMAT_VERSION, checkpoint_prefix, floor_key, head_key
 from penstock.store.objects import ObjectStore
 from penstock.store.retention import Retention, newest_floor
+from penstock.store.writer import DatasetWriter
 from penstock.trainer.lineage import Lineage
 
 Patch = Callable[[], Any]
@@ -59,8 +60,8 @@ def head_before_its_checkpoint() -> Any:
 
 
 def _own(spec: ArraySpec, array: Any, chunk: Chunk) -> Any:
-    payload = dataset.Payload(array, dataset.describe_bytes(spec.encode(array)))
-    return dataset._describe(spec, payload, chunk.rows)
+    payload = chunks.Payload(array, chunks.describe_bytes(spec.encode(array)))
+    return chunks.describe(spec, payload, chunk.rows)
 
 
 def overwrite_chunks() -> Any:

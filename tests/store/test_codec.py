@@ -15,11 +15,13 @@ import zarr.storage
 import penstock.store.bfloat16  # noqa: F401  (registers the data type)
 from penstock.common.errors import DamagedObject, UserError
 from penstock.store.arrays import BFLOAT16, BLOSC, BLOSC_BLOCK, PLAIN, decode_payload, encode_payload
-from penstock.store.dataset import Dataset, DatasetWriter, load_payload, open_dataset
+from penstock.store.chunks import load_payload
+from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import ARRAYS
 from penstock.store.manifest import Manifest
 from penstock.store.objects import open_store
 from penstock.store.verify import dataset_faults
+from penstock.store.writer import DatasetWriter
 from services.synthetic import MLP, RESID, ROWS, SyntheticSource, laid_out, make_manifest, write_dataset
 
 CHUNKS = 3

@@ -17,12 +17,14 @@ import penstock.store.bfloat16  # noqa: F401  (for zarr)
 from penstock.common.errors import DamagedObject, ModelError, ObjectMissing, PlanMismatch, UserError
 from penstock.common.permutation import counter_hash, derive_key, permutation
 from penstock.store.arrays import BFLOAT16, encode_payload
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter, moments, open_dataset
+from penstock.store.chunks import Chunk, moments
+from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import commit_key
 from penstock.store.local import LocalStore
 from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.records import crc32c
+from penstock.store.writer import DatasetWriter
 from services.synthetic import MLP, RESID, ROWS_PER_CHUNK, laid_out, make_manifest
 
 ROWS = [ROWS_PER_CHUNK, 150, ROWS_PER_CHUNK, 1]

@@ -21,7 +21,7 @@ from penstock.store.commits import (
     list_commits,
     read_commit,
 )
-from penstock.store.dataset import Dataset, DatasetWriter
+from penstock.store.dataset import Dataset
 from penstock.store.index import Columns, CommitIndex, decode_block, encode_block, index_block
 from penstock.store.layout import BLOCK_CHUNKS, acts_array, block_range, commit_key, index_key
 from penstock.store.local import LocalStore
@@ -29,6 +29,7 @@ from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore
 from penstock.store.s3 import S3Store
 from penstock.store.verify import dataset_faults
+from penstock.store.writer import DatasetWriter
 from services.big import big_manifest, made_up_commit, write_big
 from services.counting import CountingStore
 from services.synthetic import CHUNKS, RESID, SyntheticSource, make_manifest, write_dataset
@@ -384,13 +385,22 @@ def test_a_lost_commit_is_written_from_the_index(indexed: tuple[Dataset, Countin
     before = store.get(commit_key(2))
     store.delete(commit_key(2))
     store.delete(f"activations.zarr/{acts_array(RESID)}/c/2/0")
-    (fault,) = dataset_faults(dataset)
+    fault, behind = dataset_faults(dataset)
+    assert behind.chunk == 2
     assert "commits/0/2.json is missing; repair writes it from the index" in str(fault)
     assert fault.restore is not None
     fault.restore()
     assert store.get(commit_key(2)) == before
     (fault,) = dataset_faults(dataset)
     assert fault.chunk == 2
+
+
+def test_a_damaged_object_is_found_behind_a_lost_commit(indexed: tuple[Dataset, CountingStore]) -> None:
+    dataset, _ = indexed
+    key = f"activations.zarr/{acts_array(RESID)}/c/1/0"
+    dataset.store.put(key, spoil(dataset.store.get(key)))
+    dataset.store.delete(commit_key(1))
+    assert [fault.chunk for fault in dataset_faults(dataset)] == [None, 1]
 
 
 def test_a_repaired_chunk_gets_its_commit_from_the_index(indexed: tuple[Dataset, CountingStore]) -> None:

@@ -11,11 +11,13 @@ import torch
 
 from penstock.common.errors import DamagedObject, DataError, ObjectMissing, UserError
 from penstock.store.arrays import BFLOAT16
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter, open_dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import commit_key
 from penstock.store.loader import AsStored, LoadedWindow, WindowLoader, WindowReader
 from penstock.store.local import LocalStore
 from penstock.store.order import ReadingOrder, batch_bounds
+from penstock.store.writer import DatasetWriter
 from services.synthetic import MLP, RESID, make_manifest
 from services.waiting import eventually
 

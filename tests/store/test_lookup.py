@@ -10,7 +10,8 @@ import pytest
 
 from penstock.common.errors import DamagedObject, ObjectMissing, UserError
 from penstock.store.arrays import BFLOAT16
-from penstock.store.dataset import Chunk, Dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.layout import commit_key
 from penstock.store.local import LocalStore
 from penstock.store.lookup import ABSENT, Context

@@ -10,9 +10,11 @@ import pytest
 
 from penstock.common.errors import DamagedObject
 from penstock.store.arrays import encode_payload
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter, restore_commit
+from penstock.store.chunks import Chunk, restore_commit
+from penstock.store.dataset import Dataset
 from penstock.store.layout import ARRAYS, commit_key
 from penstock.store.local import LocalStore
+from penstock.store.writer import DatasetWriter
 from services.synthetic import MLP, RESID, SyntheticSource, laid_out, make_manifest
 from services.trees import tree_digests
 

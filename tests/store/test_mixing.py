@@ -10,7 +10,8 @@ import pytest
 from penstock.common.errors import DamagedObject, UserError
 from penstock.store import dataset as dataset_module
 from penstock.store.arrays import BFLOAT16
-from penstock.store.dataset import Chunk, Dataset, DatasetWriter
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.mixing import (
     LAGS,
     Mixing,
@@ -22,6 +23,7 @@ from penstock.store.mixing import (
 )
 from penstock.store.objects import open_store
 from penstock.store.order import ReadingOrder, Window, batch_bounds
+from penstock.store.writer import DatasetWriter
 from services.synthetic import CONTEXT, ROWS_PER_CHUNK, make_manifest
 
 HOOK = "rows"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from penstock.store.dataset import DatasetWriter
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.s3 import S3Store
+from penstock.store.writer import DatasetWriter
 from services.s3_server import S3Server
 from services.synthetic import SyntheticSource, make_manifest
 from services.tcp_proxy import Fault, Policy, Request, TcpProxy

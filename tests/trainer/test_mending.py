@@ -12,7 +12,8 @@ from redis.retry import Retry
 
 from penstock.common.errors import DamagedObject, Detached, ObjectMissing
 from penstock.common.redis import Client
-from penstock.store.dataset import Chunk, Dataset
+from penstock.store.chunks import Chunk
+from penstock.store.dataset import Dataset
 from penstock.store.joined import JoinedDataset
 from penstock.store.layout import ARRAYS, commit_key
 from penstock.store.queue import ChunkQueue, Presence, repairs_wanted

@@ -12,8 +12,9 @@ import torch
 
 from penstock.common.errors import ConfigError, DamagedObject, ObjectMissing, UserError
 from penstock.common.permutation import permutation
-from penstock.store.dataset import Dataset, DatasetWriter
+from penstock.store.dataset import Dataset
 from penstock.store.objects import open_store
+from penstock.store.writer import DatasetWriter
 from penstock.trainer import mending
 from penstock.trainer.lineage import load_checkpoint, load_history, take_over
 from penstock.trainer.load import load_sae
