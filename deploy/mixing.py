@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from penstock.store.dataset import Dataset, open_dataset
+from penstock.store.joined import JoinedDataset
 from penstock.store.mixing import HookMixing, Mixing, Pairs, chance_autocorrelation, measure_mixing
 from penstock.store.order import ReadingOrder
 from penstock.trainer.config import RunSettings
@@ -25,13 +26,13 @@ def mixing_report(
         hooks: hook points whose rows are looked at; all of them by default.
     """
     dataset = open_dataset(url)
+    names = list(hooks) or [hook.name for hook in dataset.manifest.hooks]
     order = ReadingOrder(
         sizes=(dataset.n_chunks,),
         epochs=1,
-        window_chunks=window_chunks or _default("window_chunks"),
+        window_chunks=window_chunks or JoinedDataset([dataset]).default_window(names),
         seed=_default("seed") if seed is None else seed,
     )
-    names = list(hooks) or [hook.name for hook in dataset.manifest.hooks]
     mixing = measure_mixing(dataset, order, batch_rows or _default("batch_rows"), names)
     wrong = list(faults(mixing))
     return [

@@ -131,14 +131,15 @@ class Dataset:
         self,
         hooks: Sequence[str],
         batch_rows: int = 4096,
-        window_chunks: int = 8,
+        window_chunks: int | None = None,
         epochs: int = 1,
         seed: int = 0,
     ) -> "Batches":
         """Shuffled torch batches {hook: [≤ batch_rows, d_in] bfloat16} of all chunks.
 
-        Rows of `window_chunks` consecutive chunks are mixed in memory; the next window is read while
-        this one is used. The order is that of a training run with the same seed.
+        Rows of `window_chunks` consecutive chunks are mixed in memory, by default of as many as 1 GiB of the
+        hooks' rows; the next window is read while this one is used. The order is that of a training run
+        with the same settings.
         """
         from penstock.store.joined import JoinedDataset
 
@@ -148,7 +149,7 @@ class Dataset:
         self,
         hooks: Sequence[str],
         batch_rows: int = 4096,
-        window_chunks: int = 8,
+        window_chunks: int | None = None,
         epochs: int = 1,
         seed: int = 0,
         rank: int = 0,

@@ -20,6 +20,9 @@ from penstock.store.order import first_chunk, locate
 if TYPE_CHECKING:
     from penstock.store.loader import Batches
 
+WINDOW_BYTES = 2**30
+"""A window whose size nobody chose holds as many chunks as fit into this. A reader holds up to three."""
+
 _SHARED: dict[str, Callable[[Manifest], str]] = {
     "the model weights": lambda manifest: manifest.source.weights_sha256,
     "the tokenizer": lambda manifest: manifest.corpus.tokenizer_sha256,
@@ -86,6 +89,16 @@ class JoinedDataset:
                 )
         return width
 
+    def default_window(self, hooks: Sequence[str]) -> int:
+        """Chunks of the average size whose rows at some hook points fill `WINDOW_BYTES`; at least one.
+
+        Raises:
+            UserError: as `d_in`.
+        """
+        rows = sum(part.manifest.total_rows for part in self.parts)
+        held = rows * sum(2 * self.d_in(hook) for hook in set(hooks))
+        return max(1, min(self.n_chunks, WINDOW_BYTES * self.n_chunks // max(1, held)))
+
     def locate(self, chunk: int) -> tuple[Dataset, int]:
         """The dataset that holds a chunk, and the chunk's index in it."""
         part, index = locate(self.sizes, chunk)
@@ -123,7 +136,7 @@ class JoinedDataset:
         self,
         hooks: Sequence[str],
         batch_rows: int = 4096,
-        window_chunks: int = 8,
+        window_chunks: int | None = None,
         epochs: int = 1,
         seed: int = 0,
     ) -> "Batches":

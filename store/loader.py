@@ -274,7 +274,7 @@ def dataset_batches(
     dataset: JoinedDataset,
     hooks: Sequence[str],
     batch_rows: int,
-    window_chunks: int,
+    window_chunks: int | None,
     epochs: int,
     seed: int,
 ) -> Batches:
@@ -282,6 +282,8 @@ def dataset_batches(
     for hook in hooks:
         dataset.d_in(hook)
     refuse_passing(dataset)
+    if window_chunks is None:
+        window_chunks = dataset.default_window(hooks)
     order = ReadingOrder(dataset.sizes, epochs, window_chunks, seed)
 
     def start() -> WindowLoader:

@@ -42,7 +42,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         dataset: Dataset,
         hooks: Sequence[str],
         batch_rows: int = 4096,
-        window_chunks: int = 8,
+        window_chunks: int | None = None,
         epochs: int = 1,
         seed: int = 0,
         rank: int = 0,
@@ -50,6 +50,9 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         with_tokens: bool = False,
         partial: bool = False,
     ) -> None:
+        data = JoinedDataset([dataset])
+        if window_chunks is None:
+            window_chunks = data.default_window(hooks)
         sizes = {"batch_rows": batch_rows, "window_chunks": window_chunks, "epochs": epochs}
         for name, value in (sizes | {"world_size": world_size}).items():
             if value < 1:
@@ -58,7 +61,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
             raise UserError(f"rank is {rank}; with world_size {world_size} it must be 0 to {world_size - 1}")
         for hook in hooks:
             dataset.manifest.d_in(hook)
-        refuse_passing(JoinedDataset([dataset]))
+        refuse_passing(data)
         self._dataset = dataset
         self._hooks = list(hooks)
         self._batch_rows = batch_rows

@@ -32,8 +32,8 @@ class RunSettings(Settings):
     """The SAEs; each window is read once and every SAE steps on it."""
     batch_rows: int = Field(4096, ge=1)
     """Rows per step (B)."""
-    window_chunks: int = Field(8, ge=1)
-    """Chunks mixed in memory (K)."""
+    window_chunks: int | None = Field(None, ge=1)
+    """Chunks mixed in memory (K); null means as many as 1 GiB of the run's hook points."""
     epochs: int = Field(1, ge=1)
     """How often the dataset is read."""
     head_interval: int = Field(4, ge=1)
@@ -50,6 +50,13 @@ class RunSettings(Settings):
         if twice:
             raise ValueError(f"saes: the name {min(twice)!r} is used twice")
         return self
+
+
+class ResolvedSettings(RunSettings):
+    """A run's settings with nothing left open."""
+
+    window_chunks: int = Field(ge=1)
+    """Chunks mixed in memory (K)."""
 
 
 class DatasetPin(Settings):
@@ -75,7 +82,7 @@ class RunConfig(Settings):
     """The position that the run begins at: chunks before it were deleted when it was submitted."""
     widths: dict[str, int]
     """d_in of each hook point read."""
-    settings: RunSettings
+    settings: ResolvedSettings
     initial: dict[str, InitialWeights] = {}
     """What SAEs start from, by SAE, where that was imported."""
     loss_convention: str
@@ -150,7 +157,7 @@ class RunConfig(Settings):
         return self.datasets[part].rows[index]
 
 
-def chunks_needed(settings: RunSettings, n_chunks: int) -> int:
+def chunks_needed(settings: ResolvedSettings, n_chunks: int) -> int:
     """Chunks that a run must be able to have ahead of what it may still have to read again.
 
     That is the stretch from its older kept checkpoint, over the newest, to the head after that.
@@ -158,13 +165,15 @@ def chunks_needed(settings: RunSettings, n_chunks: int) -> int:
     return min(n_chunks, CHECKPOINTS_KEPT * settings.head_interval * settings.window_chunks)
 
 
-def check_budget(settings: RunSettings, n_chunks: int, budget_chunks: int | None) -> int:
+def check_budget(config: RunConfig, budget_chunks: int | None) -> int:
     """What a run needs (`chunks_needed`); raises ConfigError if a budget does not hold that."""
-    needs = chunks_needed(settings, n_chunks)
+    settings = config.settings
+    needs = chunks_needed(settings, config.order.n_chunks)
     if budget_chunks is not None and budget_chunks < needs:
         raise ConfigError(
             f"dataset.budget_bytes: holds {budget_chunks} chunks, but run {settings.name} needs {needs} "
-            f"({CHECKPOINTS_KEPT} × head_interval × window_chunks); raise it, or lower these"
+            f"({CHECKPOINTS_KEPT} × head_interval of {settings.head_interval} × window_chunks of "
+            f"{settings.window_chunks}); raise it, or lower these"
         )
     return needs
 
@@ -199,9 +208,11 @@ def resolve_run(settings: RunSettings, data: JoinedDataset, start: int = 0) -> R
         )
         for part in data.parts
     ]
+    window = settings.window_chunks or data.default_window(list(widths))
+    resolved = ResolvedSettings.model_validate({**dict(settings), "window_chunks": window})
     starts = {sae.name: pin_initial(sae, widths[sae.hook_name]) for sae in settings.saes}
     initial = {name: start for name, start in starts.items() if start is not None}
-    identity = _identity(settings, pins, initial)
+    identity = _identity(resolved, pins, initial)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return RunConfig(
         format_version=FORMAT_VERSION,
@@ -209,14 +220,14 @@ def resolve_run(settings: RunSettings, data: JoinedDataset, start: int = 0) -> R
         datasets=pins,
         start=start,
         widths=widths,
-        settings=settings,
+        settings=resolved,
         initial=initial,
         loss_convention=LOSS_CONVENTION,
     )
 
 
 def _identity(
-    settings: RunSettings, datasets: list[DatasetPin], initial: dict[str, InitialWeights]
+    settings: ResolvedSettings, datasets: list[DatasetPin], initial: dict[str, InitialWeights]
 ) -> dict[str, object]:
     """What makes a run this run: of datasets and imported weights what they are, not where they are."""
     told = settings.model_dump(mode="json", exclude={"datasets"})
@@ -247,7 +258,7 @@ def submit_run(
     config = resolve_run(settings, data)
     if runs.exists(config_key(config.run_id)):
         return load_run_config(runs, config.run_id), False
-    order, needs = config.order, check_budget(settings, data.n_chunks, budget_chunks)
+    order, needs = config.order, check_budget(config, budget_chunks)
     # the reader records come first: nothing the run needs may vanish once it exists
     reader = Reader(config.run_id, runs.url, 0, needs)
     # what keeps only a window is read alone: its chunks' numbers are positions

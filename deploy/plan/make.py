@@ -122,7 +122,7 @@ def _resolve(config: Config, manifest: "Manifest", plan: Plan) -> "dict[str, Run
         urls = run.datasets or [settings.url]
         parts = [Dataset(store, manifest) if url == settings.url else open_dataset(url) for url in urls]
         runs[run.name] = resolve_run(run, JoinedDataset(parts))
-        check_budget(run, manifest.n_chunks, budget)
+        check_budget(runs[run.name], budget if settings.url in urls else None)
     try:
         there = load_manifest(store)
     except ObjectMissing:

@@ -7,7 +7,7 @@ import pytest
 
 from penstock.deploy.cli import main
 from penstock.deploy.mixing import mixing_report
-from penstock.store import dataset as dataset_module
+from penstock.store import writer
 from services.synthetic import MLP, RESID, write_dataset
 
 
@@ -46,7 +46,8 @@ def test_one_window_is_a_perfect_shuffle(shuffled: Path) -> None:
 
 def test_the_runs_own_defaults(shuffled: Path) -> None:
     lines, _ = mixing_report(str(shuffled))
-    assert any("windows of 8 chunks, batches of 4,096, seed 0" in line for line in lines)
+    assert any("windows of 16 chunks, batches of 4,096, seed 0" in line for line in lines)
+    assert "against a shuffle of the whole dataset: within 10 %" in lines
 
 
 def test_one_hook(shuffled: Path) -> None:
@@ -58,7 +59,7 @@ def test_one_hook(shuffled: Path) -> None:
 def test_an_unshuffled_dataset_is_flagged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dataset_module, "permutation", lambda n, *_: np.arange(n))
+    monkeypatch.setattr(writer, "permutation", lambda n, *_: np.arange(n))
     write_dataset(tmp_path)
     code, out, _ = inspect(capsys, tmp_path, "--mixing")
     assert code == 1

@@ -12,7 +12,7 @@ from penstock.store.dataset import Dataset
 from penstock.store.heads import Head, chain, newest_head
 from penstock.store.joined import JoinedDataset
 from penstock.store.objects import ObjectStore
-from penstock.trainer.config import RunConfig, RunSettings, submit_run
+from penstock.trainer.config import ResolvedSettings, RunConfig, submit_run
 from penstock.trainer.worker import work
 from penstock.trainer.workplace import Workplace
 from services.synthetic import MLP, RESID
@@ -46,7 +46,7 @@ def standard(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def run_settings(**changes: Any) -> RunSettings:
+def run_settings(**changes: Any) -> ResolvedSettings:
     """Two SAEs on two hook points; six windows of three chunks, the last one short."""
     base: dict[str, Any] = {
         "name": "run",
@@ -56,7 +56,7 @@ def run_settings(**changes: Any) -> RunSettings:
         "head_interval": 2,
         "strict": True,
     }
-    return RunSettings.model_validate(base | changes)
+    return ResolvedSettings.model_validate(base | changes)
 
 
 class Bench:

@@ -27,7 +27,7 @@ from penstock.store.objects import open_store
 from penstock.store.queue import ChunkQueue, Presence
 from penstock.store.retention import Retention
 from penstock.store.writer import DatasetWriter
-from penstock.trainer.config import RunSettings, chunks_needed, submit_run
+from penstock.trainer.config import ResolvedSettings, RunSettings, chunks_needed, submit_run
 from penstock.trainer.worker import work
 from penstock.trainer.workplace import Workplace
 from simulation.faults import Faults
@@ -283,10 +283,10 @@ class Plan:
         self.fates |= {fate: of_redis * draw.random() for fate in REDIS_FATES}
         self.fates |= {fate: draw.random() for fate in ("stop", "damage")}
 
-    def _run(self, number: int, epochs: int) -> RunSettings:
+    def _run(self, number: int, epochs: int) -> ResolvedSettings:
         sae: dict[str, Any] = {"name": "tiny", "architecture": "standard", "hook_name": HOOK}
         sae |= {"d_sae": 1, "l1_coefficient": 1.0}
-        return RunSettings.model_validate(
+        return ResolvedSettings.model_validate(
             {
                 "name": f"run{number}",
                 "saes": [sae],

@@ -22,7 +22,7 @@ from penstock.store.heads import Head
 from penstock.store.loader import LoadedWindow, WindowReader
 from penstock.store.manifest import Manifest
 from penstock.store.order import batch_bounds
-from penstock.trainer.config import RunConfig, RunSettings
+from penstock.trainer.config import ResolvedSettings, RunConfig
 from services.synthetic import make_manifest
 
 HOOK = "blocks.0.hook_resid_post"
@@ -148,7 +148,7 @@ class TinyLoader:
         pass
 
 
-def expected_rows(settings: RunSettings, start: int, stored: list[list[list[Row]]]) -> list[Row]:
+def expected_rows(settings: ResolvedSettings, start: int, stored: list[list[list[Row]]]) -> list[Row]:
     """What a training must have seen: written down from the protocol alone, without the code under test.
 
     Args:

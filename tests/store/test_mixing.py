@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from penstock.common.errors import DamagedObject, UserError
-from penstock.store import dataset as dataset_module
+from penstock.store import writer
 from penstock.store.arrays import BFLOAT16
 from penstock.store.chunks import Chunk
 from penstock.store.dataset import Dataset
@@ -139,7 +139,7 @@ def test_shuffled_rows_are_not_complained_about(shuffled: Dataset) -> None:
 
 
 def test_a_reader_that_does_not_shuffle_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_module, "permutation", lambda n, *_: np.arange(n))
+    monkeypatch.setattr(writer, "permutation", lambda n, *_: np.arange(n))
     dataset = write(tmp_path, Rows())
     mixing = measure_mixing(dataset, Unmixed((CHUNKS,), 1, 3, 5), BATCH_ROWS, [HOOK])
     assert mixing.in_batches.too_many
@@ -149,7 +149,7 @@ def test_a_reader_that_does_not_shuffle_is_found(tmp_path: Path, monkeypatch: py
 
 def test_chunks_in_corpus_order_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window mixes them all the same; whoever reads in stored order gets whole sequences."""
-    monkeypatch.setattr(dataset_module, "permutation", lambda n, *_: np.arange(n))
+    monkeypatch.setattr(writer, "permutation", lambda n, *_: np.arange(n))
     mixing = measure(write(tmp_path, Rows()))
     assert mixing.as_stored.too_many
     assert not mixing.in_batches.too_many

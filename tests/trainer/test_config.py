@@ -1,5 +1,6 @@
 """Run configs: an id that stands for everything, arithmetic known before a row is read, refusals."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from penstock.common.errors import ConfigError, DamagedObject, ObjectMissing, UserError
 from penstock.common.settings import parse
+from penstock.store import joined
 from penstock.store.dataset import Dataset
 from penstock.store.joined import JoinedDataset
 from penstock.store.objects import ObjectStore, open_store
@@ -74,6 +76,43 @@ class TestRunId:
             resolve_run(run_settings(), alone(other)).run_id
             != resolve_run(run_settings(), alone(dataset)).run_id
         )
+
+
+class TestDefaultWindow:
+    """Nobody chose window_chunks: as many as fill a gibibyte of the run's hook points."""
+
+    def settings(self, *saes: dict[str, Any]) -> RunSettings:
+        told = run_settings(saes=list(saes)).model_dump(mode="json", exclude={"window_chunks"})
+        return parse(RunSettings, told, "test")
+
+    @pytest.mark.parametrize("chunks", [1, 3, len(ROWS)])
+    def test_it_follows_the_hooks_that_are_read(
+        self, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, chunks: int
+    ) -> None:
+        per_chunk = sum(ROWS) * 2 * WIDTHS[RESID] / len(ROWS)
+        monkeypatch.setattr(joined, "WINDOW_BYTES", math.ceil(chunks * per_chunk))
+        # two SAEs at one hook point read it once
+        config = resolve_run(self.settings(topk(), topk(name="other")), alone(dataset))
+        assert config.settings.window_chunks == config.order.window_chunks == chunks
+        both = resolve_run(self.settings(topk(), standard()), alone(dataset))
+        share = WIDTHS[RESID] / (WIDTHS[RESID] + WIDTHS[MLP])
+        assert both.settings.window_chunks == max(1, int(chunks * share + 1e-9))
+
+    def test_small_datasets_are_one_window_and_windows_hold_a_chunk_at_least(
+        self, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert resolve_run(self.settings(topk()), alone(dataset)).order.n_windows == 1
+        monkeypatch.setattr(joined, "WINDOW_BYTES", 1)
+        assert resolve_run(self.settings(topk()), alone(dataset)).order.n_windows == len(ROWS)
+
+    def test_it_is_written_down(
+        self, dataset: Dataset, runs: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, _ = submit_run(runs, alone(dataset), self.settings(topk()))
+        monkeypatch.setattr(joined, "WINDOW_BYTES", 1)
+        assert load_run_config(runs, config.run_id).order == config.order
+        chosen = run_settings(saes=[topk()], window_chunks=config.order.window_chunks)
+        assert resolve_run(chosen, alone(dataset)).run_id == config.run_id
 
 
 class TestArithmetic:

@@ -158,7 +158,8 @@ class TestBudget:
     ) -> None:
         needs = chunks_needed(run_settings(head_interval=head_interval), CHUNKS)
         message = (
-            rf"holds {needs - 1} chunks, but run run needs {needs} \(2 × head_interval × window_chunks\)"
+            rf"holds {needs - 1} chunks, but run run needs {needs} "
+            rf"\(2 × head_interval of {head_interval} × window_chunks of 3\)"
         )
         with pytest.raises(ConfigError, match=message):
             bench.submit(window, needs - 1, head_interval=head_interval)
