@@ -14,6 +14,7 @@ import torch
 from benchmarks import harvest, loader, object_store, step
 from benchmarks.measure import Case
 from penstock.common.device import device_kind
+from penstock.common.memory import keep_freed_memory
 
 BENCHMARKS = {
     "loader": loader.run,
@@ -30,6 +31,7 @@ BENCHMARKS = {
 @click.option("--device", default="cpu", help="torch device of loader and step.", show_default=True)
 def main(names: tuple[str, ...], quick: bool, json_file: Path | None, device: str) -> None:
     """Measure NAMES (all by default) against their limits."""
+    keep_freed_memory()
     torch_device = torch.device(device)
     environment = _environment(torch_device)
     for name, value in environment.items():

@@ -55,6 +55,7 @@ def produce(config: Config) -> None:
     import redis
 
     from penstock.common.heartbeat import Heartbeat
+    from penstock.common.memory import keep_freed_memory
     from penstock.common.redis import connect
     from penstock.producer.loop import produce as run_loop
     from penstock.producer.memory import store_threads
@@ -64,6 +65,7 @@ def produce(config: Config) -> None:
     from penstock.store.retention import Retention, budget_chunks, check_quota
     from penstock.store.writer import DatasetWriter
 
+    keep_freed_memory()
     stop = stop_on_signals()
     health, worker = Health(), worker_name("producer")
     server = HealthServer(health, config.metrics.host, config.metrics.port)
@@ -175,8 +177,10 @@ def _budget(config: Config, data: "JoinedDataset") -> int | None:
 
 def train(config: Config, drain: bool) -> None:
     """One trainer: carries runs on until SIGTERM comes or, with `drain`, until none is left."""
+    from penstock.common.memory import keep_freed_memory
     from penstock.common.redis import connect
 
+    keep_freed_memory()
     stop = stop_on_signals()
     health, worker = Health(), worker_name("trainer")
     server = HealthServer(health, config.metrics.host, config.metrics.port)
@@ -208,6 +212,7 @@ def train(config: Config, drain: bool) -> None:
 
 def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Evaluate a run on held-out text; write report.html and summary.json below `out`."""
+    from penstock.common.memory import keep_freed_memory
     from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel
     from penstock.store.corpus import open_corpus
@@ -217,6 +222,7 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     from penstock.trainer.report import render_report
     from penstock.trainer.summary import last_head, summarise
 
+    keep_freed_memory()
     runs, run_id = split_run_url(run_url)
     run = load_run_config(runs, run_id)
     head = last_head(runs, run)

@@ -42,8 +42,9 @@ def make_plan(
     """
     began = time.process_time()
     import penstock.trainer.worker  # noqa: F401  (what a trainer loads)
-    from penstock.common.memory import held_bytes
+    from penstock.common.memory import held_bytes, keep_freed_memory
 
+    keep_freed_memory()
     base_bytes, base_seconds = held_bytes(), time.process_time() - began
     from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel

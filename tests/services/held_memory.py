@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from penstock.common.memory import keep_freed_memory
 from penstock.common.model.language_model import LanguageModel
 from penstock.common.redis import RedisSettings, connect
 from penstock.producer.corpus import CorpusSettings, ensure_corpus
@@ -55,6 +56,7 @@ def _peak(work: Callable[[], None]) -> int:
 
 
 def main() -> None:
+    keep_freed_memory()
     redis_url, directory, memory = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     text = CorpusSettings(
         url=str(directory / "corpus"),
