@@ -35,7 +35,7 @@ def run(quick: bool, device: torch.device) -> list[Case]:
     """Per server: creates and gets of large objects for each number of streams, then of small ones."""
     # the servers live beside the tests that need them
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
-    cases = []
+    cases: list[Case] = []
     for name, server in _servers():
         with server() as running, _environment(running.environment()):
             clients = _clients(running)

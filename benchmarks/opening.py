@@ -131,6 +131,7 @@ def _write(url: str, n: int) -> None:
     from penstock.store.commits import Commit, Moments, StoredObject, create_commit
     from penstock.store.dataset import Dataset
     from penstock.store.index import Columns, encode_block
+    from penstock.store.joined import JoinedDataset
     from penstock.store.layout import block_range, index_key
     from penstock.store.objects import open_store
     from penstock.store.writer import DatasetWriter
@@ -155,7 +156,7 @@ def _write(url: str, n: int) -> None:
         store.create(index_key(block), encode_block(columns, commits))
     for index in range(n, n + TAIL):
         create_commit(store, commit(index))
-    submit_run(open_store(f"{url}-runs"), Dataset(store, manifest), _config(url).runs[0])
+    submit_run(open_store(f"{url}-runs"), JoinedDataset([Dataset(store, manifest)]), _config(url).runs[0])
     writer.close()
 
 
@@ -233,6 +234,7 @@ def _manifest(n_chunks: int) -> Any:
         corpus=CorpusPin(
             digest="none",
             description="nothing",
+            first_sequence=0,
             n_sequences=n_chunks,
             context=ROWS,
             tokenizer_sha256="none",
@@ -249,6 +251,7 @@ def _manifest(n_chunks: int) -> Any:
             threads=1,
             compute_dtype="float32",
             attention="none",
+            capture="none",
             libraries="none",
             sequences_per_forward=1,
             allow_mixed=False,

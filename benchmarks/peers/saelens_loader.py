@@ -10,7 +10,9 @@ shuffled batches and prints its seconds.
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -20,7 +22,7 @@ from transformer_lens.hook_points import HookedRootModule
 HOOK = "synthetic"
 
 
-class NoModel(HookedRootModule):
+class NoModel(HookedRootModule):  # type: ignore[misc]
     """Cached activations need none."""
 
     def forward(self) -> None:
@@ -31,7 +33,7 @@ def write_cache(directory: Path, sequences: int, context: int, d_in: int) -> Non
     features = datasets.Features({HOOK: datasets.Array2D((context, d_in), dtype="float32")})
     generator = torch.Generator().manual_seed(0)
 
-    def rows():
+    def rows() -> Iterator[dict[str, Any]]:
         for _ in range(sequences):
             yield {HOOK: torch.randn(context, d_in, generator=generator).numpy()}
 
