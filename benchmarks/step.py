@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Case, Work, take_turns
-from penstock.trainer.kinds import StandardSettings, TopKSettings
-from penstock.trainer.sae import SAESettings
-from penstock.trainer.sae.base import Schedule
+from penstock.trainer.kinds import SAESettings, StandardSettings, TopKSettings
+from penstock.trainer.kinds.base import Schedule
 from penstock.trainer.step import SAETraining
 
 D_IN, D_SAE, BATCH_ROWS, K = 512, 4096, 2048, 32

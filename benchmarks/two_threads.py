@@ -17,9 +17,8 @@ from multiprocessing.context import SpawnContext
 
 import torch
 
-from penstock.trainer.kinds import StandardSettings, TopKSettings
-from penstock.trainer.sae import SAESettings
-from penstock.trainer.sae.base import Schedule
+from penstock.trainer.kinds import SAESettings, StandardSettings, TopKSettings
+from penstock.trainer.kinds.base import Schedule
 from penstock.trainer.step import SAETraining
 
 D_IN, D_SAE, BATCH_ROWS, STEPS = 192, 512, 1013, 6

@@ -9,8 +9,8 @@ from penstock.store.heads import Head
 from penstock.store.loader import LoadedWindow
 from penstock.trainer.config import RunConfig
 from penstock.trainer.initial import starting_points
+from penstock.trainer.kinds.base import Schedule
 from penstock.trainer.sae import SAE
-from penstock.trainer.sae.base import Schedule
 from penstock.trainer.step import Figures, SAETraining
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from penstock.common.permutation import derive_key
 from penstock.trainer.kinds import SAESettings
-from penstock.trainer.sae import build
-from penstock.trainer.sae.base import SAE, Schedule
+from penstock.trainer.kinds.base import Schedule
+from penstock.trainer.sae import SAE, build
 
 Figures = dict[str, float]
 

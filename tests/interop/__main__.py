@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import safetensors.torch
 import torch
@@ -25,8 +24,9 @@ from penstock.common.errors import UserError
 from penstock.store.dataset import open_dataset
 from penstock.trainer.config import load_run_config
 from penstock.trainer.exchange.write import FORMATS, export_run
+from penstock.trainer.kinds import KINDS
 from penstock.trainer.load import load_sae, load_saelens, split_run_url
-from penstock.trainer.sae import SAE, AnySettings
+from penstock.trainer.sae import SAE
 
 HERE = Path(__file__).parent
 CANNOT: set[tuple[str, str]] = set()
@@ -65,7 +65,7 @@ def penstock(*arguments: str) -> None:
 
 def export(run_url: str, names: dict[str, str], out: Path) -> Iterator[str]:
     """Export each SAE in each format that has its kind."""
-    missing = set(architectures()) - set(names.values())
+    missing = set(KINDS) - set(names.values())
     if missing:
         yield f"config.yaml has no SAE of these kinds: {missing}"
     for format in FORMATS:
@@ -76,12 +76,6 @@ def export(run_url: str, names: dict[str, str], out: Path) -> Iterator[str]:
                 print(f"{name}: {error}")
                 if (kind, format) not in CANNOT:
                     yield f"{name} is not in {format} (docs/export.md)"
-
-
-def architectures() -> list[str]:
-    """Every kind of SAE there is."""
-    kinds = get_args(get_args(AnySettings)[0])
-    return [get_args(kind.model_fields["architecture"].annotation)[0] for kind in kinds]
 
 
 def write_references(run_url: str, workdir: Path) -> dict[str, str]:

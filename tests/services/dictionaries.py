@@ -9,7 +9,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from penstock.trainer.sae import SAE, AnySettings, SAESettings, build
+from penstock.trainer.kinds import AnySettings, SAESettings
+from penstock.trainer.sae import SAE, build
 
 D, S, K, B = 12, 40, 5, 200
 SCALE = 0.37

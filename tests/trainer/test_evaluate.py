@@ -12,8 +12,9 @@ from penstock.common.errors import UserError
 from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.store.corpus import HELD_OUT, Corpus
 from penstock.trainer.evaluate import density, evaluate, recovered
-from penstock.trainer.sae import TopKSettings, build
-from penstock.trainer.sae.base import SAE, Schedule, StepResult
+from penstock.trainer.kinds import SAESettings, TopKSettings
+from penstock.trainer.kinds.base import Schedule, StepResult
+from penstock.trainer.sae import SAE, build
 from services.lm import MLP_2, RESID_3, shipped_model, shipped_tokenizer, write_text
 
 SEQUENCES = 5
@@ -23,7 +24,7 @@ class Known(SAE):
     """2·D features: the positive and the negative part of every coordinate, times a factor."""
 
     def __init__(self, d_in: int, factor: float) -> None:
-        super().__init__(d_in, 2 * d_in)
+        super().__init__(d_in, SAESettings(architecture="known", name="a", hook_name="h", d_sae=2 * d_in))
         self.factor = factor
 
     def encode(self, x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from penstock.common.errors import UserError
 from penstock.store.dataset import Dataset
 from penstock.trainer.exchange import origin, write
 from penstock.trainer.exchange.write import FORMATS, export_run, export_sae
+from penstock.trainer.kinds.foreign import Foreign
 from penstock.trainer.load import load_sae, load_saelens
 from penstock.trainer.sae import SAE, build
-from penstock.trainer.sae.foreign import Foreign
 from services.dictionaries import KINDS, SCALE, B, D, K, S, rows, settings_of, trained
 from services.runs import Bench, topk
 from services.trees import tree_digests

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from penstock.trainer.kinds import SAESettings, StandardSettings, TopKSettings
-from penstock.trainer.sae import build
-from penstock.trainer.sae.base import SAE, Schedule
-from penstock.trainer.sae.standard import StandardSAE
-from penstock.trainer.sae.topk import TopKSAE
+from penstock.trainer.kinds.base import Schedule
+from penstock.trainer.sae import SAE, build
 
 START = Schedule(0, 100)
 D, S, B = 6, 20, 9
@@ -118,7 +116,7 @@ def test_gradients_are_those_of_the_formula(settings: SAESettings) -> None:
 class TestStandard:
     def test_l1_undershoots_by_half_of_lambda(self) -> None:
         """Unit-norm decoder, target 2, λ = 1: the best activation is 1.5."""
-        sae = StandardSAE(4, standard_settings(d_sae=1, l1_coefficient=1.0))
+        sae = build(4, standard_settings(d_sae=1, l1_coefficient=1.0))
         direction = torch.tensor([[0.5, -0.5, 0.5, 0.5]])
         x = (2.0 * direction).repeat(3, 1)
         with torch.no_grad():
@@ -221,7 +219,7 @@ class TestTopK:
 
     def test_an_overflowing_auxiliary_loss_is_left_out(self) -> None:
         """Two live features cancel out; the dead one, just as strong, would reconstruct the error."""
-        sae = TopKSAE(2, topk_settings(d_sae=3, k=2, aux_k=1))
+        sae = build(2, topk_settings(d_sae=3, k=2, aux_k=1))
         dead = torch.tensor([False, False, True])
         with torch.no_grad():
             sae.W_enc.zero_()
@@ -273,4 +271,4 @@ def test_a_kind_without_a_module_is_refused() -> None:
         pass
 
     with pytest.raises(TypeError, match="no SAE for Unknown"):
-        build(D, Unknown(name="a", hook_name="h", d_sae=2))
+        build(D, Unknown(architecture="unknown", name="a", hook_name="h", d_sae=2))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.trainer.sae import StandardSettings, TopKSettings
-from penstock.trainer.sae.base import Schedule
+from penstock.trainer.kinds import StandardSettings, TopKSettings
+from penstock.trainer.kinds.base import Schedule
 from penstock.trainer.step import SAETraining
 
 D, STEPS = 6, 40

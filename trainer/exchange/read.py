@@ -17,8 +17,9 @@ from torch import Tensor
 from penstock.common.errors import UserError, nearest
 from penstock.common.settings import Settings, load_yaml, one_line, parse
 from penstock.trainer.exchange.names import CONFIG, WEIGHTS
-from penstock.trainer.sae import FROM_SAELENS, SAE, AnySettings, build
-from penstock.trainer.sae.foreign import Foreign
+from penstock.trainer.kinds import FROM_SAELENS, AnySettings, architecture_of
+from penstock.trainer.kinds.foreign import Foreign
+from penstock.trainer.sae import SAE, build, module_of
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Types whose values float32 holds exactly."""
@@ -147,9 +148,9 @@ def assemble(
     settings = {
         "name": name,
         "hook_name": hook_name,
-        "architecture": kind.architecture,
+        "architecture": architecture_of(kind),
         "d_sae": config.d_sae,
-    } | kind.settings_from_saelens(fields)
+    } | module_of(architecture_of(kind)).settings_from_saelens(fields)
     sae = build(config.d_in, parse(_Own, {"imported": settings}, f"{where}/{CONFIG}").imported)
     k = getattr(sae.settings, "k", 0)
     if k > config.d_sae:

@@ -7,49 +7,74 @@ sparse autoencoders").
 where e = x − x̂ (no gradient) and ê is its reconstruction by the `aux_k` strongest dead features.
 """
 
-from typing import Self
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Self
 
-from penstock.trainer.kinds import TopKSettings
-from penstock.trainer.sae.base import SAE, Schedule, StepResult
-from penstock.trainer.sae.foreign import Foreign, by_input, by_output, plain
+from pydantic import Field
+
+from penstock.trainer.kinds.base import (
+    Kind,
+    SAESettings,
+    Schedule,
+    StepResult,
+    keep_top,
+    squared_error,
+    torch,
+)
+from penstock.trainer.kinds.foreign import Foreign, by_input, by_output, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAME_NORM = 1e-5
 """Relative difference in decoder rows' norms that is taken for rounding."""
 
 
-class TopKSAE(SAE):
+class TopKSettings(SAESettings):
+    """TopK with AuxK."""
+
+    architecture: Literal["topk"]
+    """Kind of autoencoder."""
+    k: int = Field(ge=1)
+    """Features kept per row (L0)."""
+    aux_k: int | None = Field(None, ge=1)
+    """Dead features that reconstruct the error; null means d_in / 2."""
+    aux_coefficient: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss."""
+
+
+class TopK(Kind):
     """See the module."""
 
-    architecture = "topk"
+    Settings = TopKSettings
+    from_saelens = "topk"
     settled = ("k",)
     settings: TopKSettings
 
-    def __init__(self, d_in: int, settings: TopKSettings) -> None:
-        super().__init__(d_in, settings.d_sae)
-        self.settings = settings
-        self.k = min(settings.k, settings.d_sae)
+    @property
+    def k(self) -> int:
+        """Features kept per row."""
+        return min(self.settings.k, self.d_sae)
 
     def encode(self, x: Tensor) -> Tensor:
-        return _keep_top(self.pre_acts(x), self.k)
+        return keep_top(self.pre_acts(x), self.k)
 
     def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         pre_acts = self.pre_acts(x)
-        acts = _keep_top(pre_acts, self.k)
+        acts = keep_top(pre_acts, self.k)
         directions = self.directions()
         reconstruction = acts @ directions + self.b_dec
         error = x - reconstruction
-        mse = error.float().square().sum(dim=1).mean()
+        mse = squared_error(error)
         components = {"mse": mse}
         loss = mse
         if dead is not None:
             # the settings bound aux_k; fewer dead features than that fill up with zeros
             aux_k = min(self.settings.aux_k or self.d_in // 2, self.d_sae)
-            dead_acts = _keep_top(pre_acts.masked_fill(~dead, float("-inf")), aux_k)
+            dead_acts = keep_top(pre_acts.masked_fill(~dead, float("-inf")), aux_k)
             aux_error = error.detach() - dead_acts @ directions
-            aux = aux_error.float().square().sum(dim=1).mean()
+            aux = squared_error(aux_error)
             # early on the auxiliary loss can overflow; a step without it is better than none
             aux = torch.nan_to_num(aux, nan=0.0, posinf=0.0)
             components["aux"] = aux
@@ -81,14 +106,13 @@ class TopKSAE(SAE):
             # it ranks, and gives, activations times the norms of their decoder rows
             self.normalise_decoder(ranked=True)
 
-    @torch.no_grad()
     def normalise_decoder(self, ranked: bool = False) -> Self:
         """As for every kind; the features that are kept must stay the same.
 
         Args:
             ranked: features are ranked by activation times norm of their decoder row as it is.
         """
-        norms = torch.linalg.vector_norm(self.W_dec.double(), dim=1)
+        norms = torch.linalg.vector_norm(self.W_dec.detach().double(), dim=1)
         if not ranked and norms.max() > norms.min() * (1 + SAME_NORM):
             raise ValueError(
                 f"its decoder rows have norms of {norms.min():.4g} to {norms.max():.4g}, and it keeps "
@@ -96,9 +120,3 @@ class TopKSAE(SAE):
                 "unit norm, which training works on, others would be kept"
             )
         return super().normalise_decoder()
-
-
-def _keep_top(pre_acts: Tensor, k: int) -> Tensor:
-    """[B, S] with all but each row's k largest values set to zero, and negative ones too."""
-    top = pre_acts.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter_(-1, top.indices, torch.relu(top.values))

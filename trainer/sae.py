@@ -10,61 +10,45 @@ rows (the convention `sum-over-dims`, recorded with every run).
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Self
+from functools import cache
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from penstock.trainer.kinds import SAESettings
-from penstock.trainer.sae.foreign import Foreign, NoSuchKind
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Where training stands: the step about to be made and how many there will be."""
-
-    step: int
-    total_steps: int
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one forward pass in training gives; all tensors stay on the device.
-
-    Attributes:
-        loss: scalar to differentiate.
-        components: scalar parts of the loss, by name; `mse` is always there.
-        reconstruction: [B, D].
-        active: [S] how many rows each feature was active on.
-    """
-
-    loss: Tensor
-    components: dict[str, Tensor]
-    reconstruction: Tensor
-    active: Tensor
+from penstock.trainer.kinds import KINDS
+from penstock.trainer.kinds.base import SAESettings, Schedule, StepResult
+from penstock.trainer.kinds.foreign import Foreign, NoSuchKind
 
 
 class SAE(nn.Module, ABC):
     """A sparse autoencoder with rows of W_dec as feature directions."""
 
-    architecture: str
+    Settings: ClassVar[type[SAESettings]]
+    """Settings of this kind."""
+    from_saelens: str | None = None
+    """The SAELens architecture that is imported as this kind."""
     in_units_of_rows: tuple[str, ...] = ("b_enc", "b_dec")
     """Parameters that grow in proportion to the rows, where those of W_dec have unit norm."""
     settled: tuple[str, ...] = ()
     """Settings that the function depends on besides the weights."""
-    settings: SAESettings
 
-    def __init__(self, d_in: int, d_sae: int) -> None:
+    def __init__(self, d_in: int, settings: Any) -> None:
         super().__init__()
+        self.settings = settings
         self.d_in = d_in
-        self.d_sae = d_sae
+        self.d_sae = d_sae = int(settings.d_sae)
         self.W_enc = nn.Parameter(torch.empty(d_in, d_sae))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.folded_scale: float | None = None
         """The input scale that was folded into the weights, if it was."""
+
+    @property
+    def architecture(self) -> str:
+        """The kind, as settings call it."""
+        return str(self.settings.architecture)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -213,3 +197,17 @@ class SAE(nn.Module, ABC):
             source: its tensors have been checked to be those that `to_saelens` gives, in their shapes.
         """
         self.load_state_dict(source.tensors)
+
+
+def build(d_in: int, settings: SAESettings) -> SAE:
+    """An uninitialised module of the kind that the settings are of."""
+    if settings.architecture not in KINDS:
+        raise TypeError(f"no SAE for {type(settings).__name__}")
+    return module_of(settings.architecture)(d_in, settings)
+
+
+@cache
+def module_of(architecture: str) -> type[SAE]:
+    """The module class of a kind."""
+    kind = KINDS[architecture]
+    return type(kind.__name__, (kind, SAE), {"__doc__": kind.__doc__})

@@ -12,7 +12,7 @@ from penstock.common.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from penstock.trainer.sae.base import SAE
+    from penstock.trainer.sae import SAE
 
 
 @dataclass(frozen=True)

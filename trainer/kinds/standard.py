@@ -8,23 +8,36 @@ with rows of W_dec of unit norm in the forward pass. The report divides the reco
 and the penalty by S; its α is λ·S/D here.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from penstock.trainer.kinds import StandardSettings
-from penstock.trainer.sae.base import SAE, Schedule, StepResult
-from penstock.trainer.sae.foreign import Foreign, by_input, by_output, centred_bias, plain
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from penstock.trainer.kinds.base import Kind, SAESettings, Schedule, StepResult, squared_error, torch, widened
+from penstock.trainer.kinds.foreign import Foreign, by_input, by_output, centred_bias, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class StandardSAE(SAE):
+class StandardSettings(SAESettings):
+    """ReLU-L1."""
+
+    architecture: Literal["standard"]
+    """Kind of autoencoder."""
+    l1_coefficient: float = Field(ge=0)
+    """λ, on scaled inputs (mean ‖x‖² = d_in), summed over features."""
+    l1_warmup_steps: int = Field(200, ge=0)
+    """Steps over which λ rises from 0."""
+
+
+class Standard(Kind):
     """See the module."""
 
-    architecture = "standard"
+    Settings = StandardSettings
+    from_saelens = "standard"
     settings: StandardSettings
-
-    def __init__(self, d_in: int, settings: StandardSettings) -> None:
-        super().__init__(d_in, settings.d_sae)
-        self.settings = settings
 
     def encode(self, x: Tensor) -> Tensor:
         return torch.relu(self.pre_acts(x))
@@ -32,10 +45,9 @@ class StandardSAE(SAE):
     def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         acts = self.encode(x)
         reconstruction = self.decode(acts)
-        mse = (x - reconstruction).float().square().sum(dim=1).mean()
-        l1 = acts.float().sum(dim=1).mean()
-        warmup = self.settings.l1_warmup_steps
-        coefficient = self.settings.l1_coefficient * min(1.0, (schedule.step + 1) / max(1, warmup))
+        mse = squared_error(x - reconstruction)
+        l1 = widened(acts).sum(dim=1).mean()
+        coefficient = self.settings.l1_coefficient * schedule.warm_up(self.settings.l1_warmup_steps)
         return StepResult(
             loss=mse + coefficient * l1,
             components={"mse": mse, "l1": l1},

@@ -1,0 +1,109 @@
+"""What a file of `trainer/kinds` is made of: settings, and the methods of a module.
+
+Whoever only reads a configuration, or what a run is doing, needs the settings of every kind, and torch takes
+seconds and 200 MB to import. So these files import none: `torch` is a stand-in that imports it when something
+of it is first used, and a kind is a plain class until `build` in `trainer/sae.py` joins it with the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from penstock.common.settings import Settings
+
+if TYPE_CHECKING:
+    import torch as torch
+    from torch import Tensor
+
+    from penstock.trainer.sae import SAE
+
+    Kind = SAE
+else:
+
+    class _Torch:
+        def __getattr__(self, name: str) -> Any:
+            import torch
+
+            return getattr(torch, name)
+
+    torch = _Torch()
+
+    class Kind:
+        """The methods that make a kind; `self` is an `SAE`."""
+
+        from_saelens = None
+
+
+class SAESettings(Settings):
+    """Settings that every kind has."""
+
+    architecture: str
+    """Kind of autoencoder."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of this SAE within its run: letters, digits, '.', '_' and '-'."""
+    hook_name: str
+    """The hook point it is trained on; the dataset must hold it."""
+    d_sae: int = Field(ge=1)
+    """Number of features (S)."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of Adam."""
+    lr_warmup_steps: int = Field(100, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    lr_decay_fraction: float = Field(0.2, ge=0, le=1)
+    """Last part of training over which the learning rate falls linearly to 0."""
+    decoder_bias: Literal["mean", "zero", "none"] = "mean"
+    """b_dec starts at the first window's mean, at zero, or does not exist (stays zero)."""
+    dead_after_rows: int = Field(10_000_000, ge=1)
+    """A feature not active for this many rows counts as dead (OpenAI use 10 million)."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    init_from: str | None = None
+    """Directory of a SAELens dictionary of the same kind and shape to start from; null starts at random."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where training stands: the step about to be made and how many there will be."""
+
+    step: int
+    total_steps: int
+
+    def warm_up(self, steps: int) -> float:
+        """Rises linearly from 1/steps to 1, which it reaches in step number `steps`."""
+        return min(1.0, (self.step + 1) / max(1, steps))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one forward pass in training gives; all tensors stay on the device.
+
+    Attributes:
+        loss: scalar to differentiate.
+        components: scalar parts of the loss, by name; `mse` is always there.
+        reconstruction: [B, D].
+        active: [S] how many rows each feature was active on.
+    """
+
+    loss: Tensor
+    components: dict[str, Tensor]
+    reconstruction: Tensor
+    active: Tensor
+
+
+def squared_error(difference: Tensor) -> Tensor:
+    """mean_rows Σ_d of a difference [B, D], in float32 at least."""
+    return widened(difference).square().sum(dim=1).mean()
+
+
+def widened(values: Tensor) -> Tensor:
+    """In float32 at least: sums over many values want it."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+def keep_top(values: Tensor, k: int) -> Tensor:
+    """[B, S] with all but each row's k largest values set to zero, and negative ones too."""
+    top = values.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(values).scatter_(-1, top.indices, torch.relu(top.values))
