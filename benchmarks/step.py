@@ -66,7 +66,7 @@ def _step(
     training.initialise(batches[0].cpu())
     if dead:
         training.rows_since_active[: D_SAE // 4] = settings.dead_after_rows
-    training.begin_window()
+    training.begin_window(torch.zeros(0, D_IN), 0)
     steps = 0
 
     def work() -> None:

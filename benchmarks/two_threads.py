@@ -41,7 +41,7 @@ def train(kind: str, threads: int, seed: int) -> str:
     training = SAETraining(D_IN, settings, torch.device("cpu"))
     training.initialise(torch.cat(batches))
     training.rows_since_active[: D_SAE // 4] = settings.dead_after_rows
-    training.begin_window()
+    training.begin_window(torch.zeros(0, D_IN), 0)
     digest = hashlib.sha256()
     for step, rows in enumerate(batches):
         training.step(rows, Schedule(step, STEPS))

@@ -121,7 +121,7 @@ class RunConfig(Settings):
     @property
     def hooks(self) -> list[str]:
         """Hook points read, each once."""
-        return list(dict.fromkeys(sae.hook_name for sae in self.settings.saes))
+        return list(dict.fromkeys(hook for sae in self.settings.saes for hook in sae.hooks))
 
     def window_rows(self, number: int) -> int:
         """Rows of a window, known before it exists."""
@@ -186,7 +186,7 @@ def resolve_run(settings: RunSettings, data: JoinedDataset, start: int = 0) -> R
         ConfigError: k is larger than d_sae, the dataset is gone before its second epoch, or an SAE cannot
             start from what its `init_from` names.
     """
-    widths = {sae.hook_name: data.d_in(sae.hook_name) for sae in settings.saes}
+    widths = {hook: data.d_in(hook) for sae in settings.saes for hook in sae.hooks}
     for sae in settings.saes:
         k = getattr(sae, "k", 0)
         if k > sae.d_sae:

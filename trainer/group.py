@@ -32,7 +32,8 @@ class Group:
         self.figures: dict[str, Figures] = {}
         self._starts: dict[str, SAE] = {}
         self.members = {
-            sae.name: SAETraining(config.widths[sae.hook_name], sae, device) for sae in config.settings.saes
+            sae.name: SAETraining(config.widths[sae.hook_name], sae, device, config.widths[sae.hooks[-1]])
+            for sae in config.settings.saes
         }
 
     def restore(self, head: Head, files: dict[str, bytes]) -> None:
@@ -61,16 +62,18 @@ class Group:
 
     def begin_window(self, loaded: LoadedWindow) -> None:
         for member in self.members.values():
+            rows, targets = _of(member, loaded.acts)
             if self.step == 0 and loaded.n_rows:
-                rows = loaded.acts[member.settings.hook_name]
-                member.initialise(rows, self._starts.get(member.settings.name))
-            member.begin_window()
+                member.initialise(rows, self._starts.get(member.settings.name), targets)
+            member.begin_window(rows, self.rows, targets)
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> None:
-        """Every SAE takes one step on its hook's rows."""
+        """Every SAE takes one step on its hooks' rows."""
         schedule = Schedule(self.step, self.total_steps)
+        there = {hook: rows.to(self.device) for hook, rows in batch.items()}
         for member in self.members.values():
-            member.step(batch[member.settings.hook_name].to(self.device), schedule)
+            rows, targets = _of(member, there)
+            member.step(rows, schedule, targets)
         self.step += 1
         self.rows += len(next(iter(batch.values())))
 
@@ -104,3 +107,9 @@ class Group:
             "waited_seconds": waited,
             "saes": {name: dict(figures) for name, figures in self.figures.items()},
         }
+
+
+def _of(member: SAETraining, acts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An SAE's rows, and its targets if they are others."""
+    hooks = member.settings.hooks
+    return acts[hooks[0]], acts[hooks[1]] if len(hooks) > 1 else None

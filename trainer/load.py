@@ -1,6 +1,7 @@
 """Trained SAEs for use: `load_sae(run_url, name)` in a notebook, without Redis."""
 
 import safetensors.torch
+import torch
 
 from penstock.common.errors import ObjectMissing, UserError, nearest
 from penstock.store.heads import Head, newest_head
@@ -53,9 +54,11 @@ def load_saes(
     for name in wanted:
         weights = safetensors.torch.load(files[f"sae/{name}"])
         scale = float(weights.pop("scale"))
-        sae = build(config.widths[settings[name].hook_name], settings[name])
+        scale_out = float(weights.pop("scale_out", torch.tensor(scale)))
+        own = settings[name]
+        sae = build(config.widths[own.hook_name], own, config.widths[own.hooks[-1]])
         sae.load_state_dict(weights)
-        sae.fold_scale(scale)
+        sae.fold_scale(scale, scale_out)
         loaded[name] = sae.eval().requires_grad_(False)
     return loaded
 

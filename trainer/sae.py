@@ -9,6 +9,7 @@ Squared errors are summed over D and averaged over rows; penalties are summed ov
 rows (the convention `sum-over-dims`, recorded with every run).
 """
 
+import math
 from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from penstock.common.permutation import derive_key
 from penstock.trainer.kinds import KINDS
 from penstock.trainer.kinds.base import SAESettings, Schedule, StepResult
 from penstock.trainer.kinds.foreign import Foreign, NoSuchKind
@@ -29,19 +31,22 @@ class SAE(nn.Module, ABC):
     from_saelens: str | None = None
     """The SAELens architecture that is imported as this kind."""
     in_units_of_rows: tuple[str, ...] = ("b_enc", "b_dec")
-    """Parameters that grow in proportion to the rows, where those of W_dec have unit norm."""
+    """Tensors that grow in proportion to the rows, where those of W_dec have unit norm."""
+    feature_axes: ClassVar[dict[str, int]] = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+    """Parameter -> which of its dimensions counts features."""
     settled: tuple[str, ...] = ()
     """Settings that the function depends on besides the weights."""
 
-    def __init__(self, d_in: int, settings: Any) -> None:
+    def __init__(self, d_in: int, settings: Any, d_out: int | None = None) -> None:
         super().__init__()
         self.settings = settings
         self.d_in = d_in
+        self.d_out = d_in if d_out is None else d_out
         self.d_sae = d_sae = int(settings.d_sae)
         self.W_enc = nn.Parameter(torch.empty(d_in, d_sae))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.folded_scale: float | None = None
         """The input scale that was folded into the weights, if it was."""
 
@@ -63,11 +68,12 @@ class SAE(nn.Module, ABC):
         return self.decode(self.encode(x))
 
     @abstractmethod
-    def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
-        """Forward pass with the loss.
+    def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
+        """Forward pass with the loss. Buffers may change; nothing may wait for the device.
 
         Args:
             x: [B, D] scaled rows.
+            target: [B, D_out] what is to be reconstructed: the same rows, except in transcoders.
             dead: [S] bool, features that are dead; None while there are none.
         """
 
@@ -89,33 +95,78 @@ class SAE(nn.Module, ABC):
         return self.W_dec / norms
 
     @torch.no_grad()
-    def initialise(self, seed: int, mean: Tensor | None) -> None:
-        """Random unit decoder rows, encoder their transpose, b_dec the given mean [D].
+    def initialise(self, seed: int, bias: Tensor | None, rows: Tensor | None = None) -> None:
+        """Decoder rows as the settings say, scaled to unit norm; encoder their transpose.
 
         Drawn on the CPU, so that every device starts from the same weights.
+
+        Args:
+            bias: [D] what b_dec starts at; None means zero.
+            rows: [R, D] scaled rows of the first window, for `initialisation: data`.
         """
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
-        rows /= rows.norm(dim=1, keepdim=True)
-        self.W_dec.copy_(rows)
-        self.W_enc.copy_(rows.T)
+        shape, way = (self.d_sae, self.d_in), self.settings.initialisation
+        drawn = torch.randn(shape, generator=generator)
+        if way == "orthogonal":
+            nn.init.orthogonal_(drawn, generator=generator)
+        elif way == "kaiming":
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        elif way == "data" and rows is not None:
+            chosen = torch.randperm(len(rows), generator=generator)[: self.d_sae]
+            drawn[: len(chosen)] = rows[chosen] - (0 if bias is None else bias)
+        norms = drawn.norm(dim=1, keepdim=True)
+        drawn /= torch.where(norms > 0, norms, 1.0)
+        self.W_enc.copy_(drawn.T)
         self.b_enc.zero_()
-        if mean is None:
-            self.b_dec.zero_()
-        else:
-            self.b_dec.copy_(mean)
+        self._start_decoder(drawn, generator)
+        self.b_dec.zero_()
+        if bias is not None:
+            self.b_dec.copy_(bias)
+
+    def _start_decoder(self, directions: Tensor, generator: torch.Generator) -> None:
+        """Set W_dec. directions: [S, D] of unit norm, the encoder's."""
+        self.W_dec.copy_(directions)
 
     @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
+    def reset_features(self, features: Tensor, rows: Tensor, targets: Tensor) -> None:
+        """Give some features the directions of rows (Bricken et al. 2023, "Towards Monosemanticity").
+
+        Args:
+            features: [n] their numbers.
+            rows: [n, D] scaled rows, one for each.
+            targets: [n, D_out] what is to be reconstructed of them.
+        """
+        self.W_dec[features] = nn.functional.normalize(targets - self.b_dec, dim=1)
+        alive = torch.ones(self.d_sae, dtype=torch.bool, device=self.W_enc.device)
+        alive[features] = False
+        norms = torch.linalg.vector_norm(self.W_enc, dim=0)
+        # far below the others': a new feature should not take over at once
+        length = 0.2 * (norms * alive).sum() / alive.sum().clamp(min=1)
+        centred = rows - self.b_dec if self.d_in == self.d_out else rows
+        self.W_enc[:, features] = nn.functional.normalize(centred, dim=1).T * length
+        self.b_enc[features] = 0.0
+
+    def noise(self, like: Tensor, schedule: Schedule) -> Tensor:
+        """Standard normal noise in the shape of a tensor: the same at the same step of any training."""
+        seed = derive_key(self.settings.seed, "noise", schedule.step) >> 1
+        generator = torch.Generator(like.device).manual_seed(seed)
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, scale_out: float | None = None) -> None:
         """Make a module trained on x·scale take raw x: W_enc·s, W_dec of unit norm / s, b_dec / s.
 
         Feature activations keep their value.
+
+        Args:
+            scale_out: of the target, if that is another hook point.
         """
-        folded = self.directions() / scale
-        self.folded_scale = scale
+        out = scale if scale_out is None else scale_out
+        folded = self.directions() / out
+        self.folded_scale = out
         self.W_enc.mul_(scale)
         self.W_dec.copy_(folded)
-        self.b_dec.div_(scale)
+        self.b_dec.div_(out)
 
     @torch.no_grad()
     def normalise_decoder(self) -> Self:
@@ -152,10 +203,11 @@ class SAE(nn.Module, ABC):
             other: takes raw rows; rows of its W_dec have unit norm.
             scale: the run's input scale s. Feature activations are s times those of `other`.
         """
-        for name, parameter in self.named_parameters():
-            parameter.copy_(other.get_parameter(name))
-        for name in self.in_units_of_rows:
-            self.get_parameter(name).mul_(scale)
+        there = other.state_dict()
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(there[name])
+            if name in self.in_units_of_rows:
+                tensor.mul_(scale)
 
     def to_saelens(self) -> Foreign:
         """This dictionary as SAELens has it.
@@ -199,11 +251,11 @@ class SAE(nn.Module, ABC):
         self.load_state_dict(source.tensors)
 
 
-def build(d_in: int, settings: SAESettings) -> SAE:
-    """An uninitialised module of the kind that the settings are of."""
+def build(d_in: int, settings: SAESettings, d_out: int | None = None) -> SAE:
+    """An uninitialised module of the kind that the settings are of; d_out is d_in unless given."""
     if settings.architecture not in KINDS:
         raise TypeError(f"no SAE for {type(settings).__name__}")
-    return module_of(settings.architecture)(d_in, settings)
+    return module_of(settings.architecture)(d_in, settings, d_out)
 
 
 @cache

@@ -3,7 +3,6 @@
 Nothing here waits for the device: figures are summed on it and read once per window.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -11,10 +10,14 @@ from torch import Tensor
 
 from penstock.common.permutation import derive_key
 from penstock.trainer.kinds import SAESettings
-from penstock.trainer.kinds.base import Schedule
+from penstock.trainer.kinds.base import Schedule, StepResult
 from penstock.trainer.sae import SAE, build
+from penstock.trainer.start import geometric_median, mean_and_scale
 
 Figures = dict[str, float]
+
+RESAMPLED_FROM = 8192
+"""Rows of a window that new directions for dead features are drawn from."""
 
 
 class SAETraining:
@@ -24,13 +27,16 @@ class SAETraining:
         d_in: width of its hook point.
         settings: of the SAE.
         device: where it trains.
+        d_out: width of its target's hook point, if that is another one.
     """
 
-    def __init__(self, d_in: int, settings: SAESettings, device: torch.device) -> None:
+    def __init__(
+        self, d_in: int, settings: SAESettings, device: torch.device, d_out: int | None = None
+    ) -> None:
         self.settings = settings
         self.device = device
-        self.sae = build(d_in, settings).to(device)
-        self.scale = 1.0
+        self.sae = build(d_in, settings, d_out).to(device)
+        self.scale = self.scale_out = 1.0
         self.rows_since_active = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         self._parameters = dict(self.sae.named_parameters())
         if settings.decoder_bias == "none":
@@ -38,55 +44,70 @@ class SAETraining:
         trained = [p for p in self._parameters.values() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=settings.lr, fused=True)
         self._dead: Tensor | None = None
+        self._resampled = 0
         self._first_bad = torch.tensor(-1, device=device)
         self._reset_window()
 
-    def initialise(self, rows: Tensor, start: SAE | None = None) -> None:
+    def initialise(self, rows: Tensor, start: SAE | None = None, targets: Tensor | None = None) -> None:
         """Data-dependent start from the first window.
 
         Args:
             rows: [R, D] bfloat16 rows of the first window, on the CPU.
             start: what to start from, instead of random weights: takes raw rows; rows of its W_dec have
                 unit norm.
+            targets: [R, D_out] rows of the target, if that is another hook point.
         """
-        d_in = rows.shape[1]
-        total = torch.zeros(d_in, dtype=torch.float64)
-        squared = torch.zeros(d_in, dtype=torch.float64)
-        for block in torch.split(rows, 8192):
-            exact = block.double()
-            total += exact.sum(dim=0)
-            # by column first: the bits of one full sum depend on the number of threads
-            squared += exact.square().sum(dim=0)
-        mean_square = float(squared.sum()) / max(1, len(rows))
-        self.scale = math.sqrt(d_in / mean_square) if mean_square > 0 else 1.0
+        mean, self.scale = mean_and_scale(rows)
+        self.scale_out = self.scale
+        if targets is not None:
+            mean, self.scale_out = mean_and_scale(targets)
         if start is not None:
             self.sae.start_from(start, self.scale)
             return
-        use_mean = self.settings.decoder_bias == "mean"
-        mean = (total / max(1, len(rows)) * self.scale).float() if use_mean else None
-        self.sae.initialise(derive_key(self.settings.seed, "weights") >> 1, mean)
+        bias = None
+        if self.settings.decoder_bias == "mean":
+            bias = (mean * self.scale_out).float()
+        elif self.settings.decoder_bias == "geometric-median":
+            bias = geometric_median(rows if targets is None else targets) * self.scale_out
+        samples = rows.float() * self.scale if self.settings.initialisation == "data" else None
+        self.sae.initialise(derive_key(self.settings.seed, "weights") >> 1, bias, samples)
 
-    def begin_window(self) -> None:
-        """Decide which features are dead for the whole window: one look at the device."""
+    def begin_window(self, rows: Tensor, before: int, targets: Tensor | None = None) -> None:
+        """Decide which features are dead for the whole window: one look at the device.
+
+        Args:
+            rows, targets: rows of the window, as for `initialise`.
+            before: rows trained on so far.
+        """
         dead = self.rows_since_active >= self.settings.dead_after_rows
         self._dead = dead if bool(dead.any()) else None
+        every = self.settings.resample_every_rows
+        # once per `every` rows: at the first window that begins in another span of them
+        due = every is not None and before // every > self._resampled // every
+        if due and self._dead is not None and len(rows):
+            self._resample(rows, targets, dead.nonzero().flatten(), before)
+            self._dead = None
+        if due:
+            self._resampled = before
         self._reset_window()
 
-    def step(self, rows: Tensor, schedule: Schedule) -> None:
+    def step(self, rows: Tensor, schedule: Schedule, targets: Tensor | None = None) -> None:
         """One optimizer step.
 
         Args:
             rows: [B, D] bfloat16 on the device.
+            targets: [B, D_out] bfloat16 on the device, if that is another hook point.
         """
         x = rows.float() * self.scale
+        target = x if targets is None else targets.float() * self.scale_out
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            result = self.sae.training_pass(x, schedule, self._dead)
+            result = self.sae.training_pass(x, target, schedule, self._dead)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(schedule)
         self.optimizer.step()
         with torch.no_grad():
-            self._note(x, result.loss, result.components, result.reconstruction, result.active)
+            self._note(target, result)
             self._first_bad = torch.where(
                 (self._first_bad < 0) & ~result.loss.isfinite(), schedule.step, self._first_bad
             )
@@ -94,10 +115,11 @@ class SAETraining:
     def learning_rate(self, schedule: Schedule) -> float:
         """Linear warm-up, constant, linear decay to zero over the last part."""
         settings = self.settings
-        warmup = min(1.0, (schedule.step + 1) / max(1, settings.lr_warmup_steps))
         decay_steps = settings.lr_decay_fraction * schedule.total_steps
         left = schedule.total_steps - schedule.step
-        return settings.lr * warmup * min(1.0, left / max(1.0, decay_steps))
+        return (
+            settings.lr * schedule.warm_up(settings.lr_warmup_steps) * min(1.0, left / max(1.0, decay_steps))
+        )
 
     def end_window(self) -> tuple[Figures, int | None]:
         """Means over the window, and the first step whose loss was not finite (or None)."""
@@ -127,13 +149,18 @@ class SAETraining:
         return all(bool(parameter.isfinite().all()) for parameter in self._parameters.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """What inference needs, on the CPU: parameters, and the scale as a float64 scalar."""
-        state = {name: p.detach().cpu().contiguous() for name, p in self._parameters.items()}
-        return state | {"scale": torch.tensor(self.scale, dtype=torch.float64)}
+        """What inference needs, on the CPU: parameters, buffers, and the scale as a float64 scalar."""
+        state = {name: t.detach().cpu().contiguous() for name, t in self.sae.state_dict().items()}
+        state["scale"] = torch.tensor(self.scale, dtype=torch.float64)
+        if len(self.settings.hooks) > 1:
+            state["scale_out"] = torch.tensor(self.scale_out, dtype=torch.float64)
+        return state
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What carrying on needs besides the weights, on the CPU."""
         state: dict[str, Tensor] = {"rows_since_active": self.rows_since_active.cpu()}
+        if self.settings.resample_every_rows is not None:
+            state["resampled"] = torch.tensor(self._resampled)
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{key}/{name}"] = value.detach().cpu().contiguous()
@@ -141,10 +168,12 @@ class SAETraining:
 
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Carry on from `weights` and `optimizer_state`."""
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(weights[name])
+        own = self.sae.state_dict()
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
         self.scale = float(weights["scale"])
+        self.scale_out = float(weights.get("scale_out", weights["scale"]))
+        self._resampled = int(optimizer.get("resampled", torch.tensor(0)))
         self.rows_since_active.copy_(optimizer["rows_since_active"])
         for name, parameter in self._parameters.items():
             state: dict[str, Any] = {}
@@ -157,28 +186,42 @@ class SAETraining:
     def _reset_window(self) -> None:
         self._rows = 0
         self._sums: dict[str, Tensor] = {}
-        self._sum_x = torch.zeros(self.sae.d_in, device=self.device)
+        self._sum_x = torch.zeros(self.sae.d_out, device=self.device)
         self._first_bad = torch.tensor(-1, device=self.device)
 
-    def _note(
-        self,
-        x: Tensor,
-        loss: Tensor,
-        components: dict[str, Tensor],
-        reconstruction: Tensor,
-        active: Tensor,
-    ) -> None:
-        n = len(x)
+    @torch.no_grad()
+    def _resample(self, rows: Tensor, targets: Tensor | None, dead: Tensor, before: int) -> None:
+        """New directions for dead features: rows drawn in proportion to their squared loss."""
+        generator = torch.Generator().manual_seed(derive_key(self.settings.seed, "resample", before) >> 1)
+        chosen = torch.randperm(len(rows), generator=generator)[:RESAMPLED_FROM]
+        x = rows[chosen].to(self.device).float() * self.scale
+        target = x if targets is None else targets[chosen].to(self.device).float() * self.scale_out
+        loss = (self.sae(x) - target).square().sum(dim=1).cpu().double()
+        n = min(len(dead), int((loss > 0).sum()))
+        if n == 0:
+            return
+        drawn = torch.multinomial(loss.square(), n, generator=generator).to(self.device)
+        features = dead[:n]
+        self.sae.reset_features(features, x[drawn], target[drawn])
+        for name, axis in self.sae.feature_axes.items():
+            state = self.optimizer.state.get(self._parameters[name], {})
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in state:
+                    state[key].index_fill_(axis, features, 0.0)
+        self.rows_since_active[features] = 0
+
+    def _note(self, target: Tensor, result: StepResult) -> None:
+        n = len(target)
         self._rows += n
-        self._sum_x += x.sum(dim=0)
-        self._add("loss", loss * n)
-        self._add("active", active.sum())
-        self._add("squares", x.square().sum())
-        self._add("residual", (x - reconstruction).float().square().sum())
-        for name, value in components.items():
+        self._sum_x += target.sum(dim=0)
+        self._add("loss", result.loss * n)
+        self._add("active", result.active.sum())
+        self._add("squares", target.square().sum())
+        self._add("residual", (target - result.reconstruction).float().square().sum())
+        for name, value in result.components.items():
             self._add(f"component.{name}", value * n)
         self.rows_since_active += n
-        self.rows_since_active.masked_fill_(active > 0, 0)
+        self.rows_since_active.masked_fill_(result.active > 0, 0)
 
     def _add(self, name: str, value: Tensor) -> None:
         exact = value.detach().double()

@@ -96,7 +96,7 @@ def weight_bytes(run: RunConfig) -> int:
     total = 0
     for sae in run.settings.saes:
         with torch.device("meta"):
-            module = build(run.widths[sae.hook_name], sae)
+            module = build(run.widths[sae.hook_name], sae, run.widths[sae.hooks[-1]])
         total += sum(p.numel() * p.element_size() for p in module.parameters())
     return total
 

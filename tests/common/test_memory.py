@@ -33,5 +33,6 @@ def faults(keep: bool) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_blocks_are_not_fetched_from_the_kernel_again() -> None:
-    """16 MB are 4,000 pages: one fetched block would show."""
-    assert faults(keep=True) < 1_000
+    """A block is 4,000 pages, and 40 are allocated; one or two may still find no place."""
+    assert faults(keep=False) > 40_000
+    assert faults(keep=True) < 10_000

@@ -98,6 +98,7 @@ def test_they_ignore_the_budget(client: Client, tmp_path: Path) -> None:
     thread = producer.start()
     eventually(lambda: producer.work.waiting.startswith("budget"))
     assert producer.source.made == [3]
+    eventually(lambda: not producer.repairs.is_open(3))
     dataset.read_chunk(3)
     producer.stop.set()
     thread.join()

@@ -33,7 +33,7 @@ class Known(SAE):
     def decode(self, feature_acts: Tensor) -> Tensor:
         return feature_acts[:, : self.d_in] - feature_acts[:, self.d_in :]
 
-    def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
+    def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         raise NotImplementedError
 
 

@@ -65,13 +65,13 @@ def test_decoder_directions_have_unit_norm_in_the_forward_pass(settings: SAESett
     torch.testing.assert_close(sae.directions().norm(dim=1), torch.ones(S, dtype=torch.float64))
     torch.testing.assert_close(sae.decode(acts), expected)
     torch.testing.assert_close(sae(x), expected)
-    torch.testing.assert_close(sae.training_pass(x, START, None).reconstruction, expected)
+    torch.testing.assert_close(sae.training_pass(x, x, START, None).reconstruction, expected)
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=lambda s: s.architecture)
 def test_losses_are_summed_over_dims_and_averaged_over_rows(settings: SAESettings) -> None:
     sae, x = made(settings), rows()
-    result = sae.training_pass(x, START, None)
+    result = sae.training_pass(x, x, START, None)
     errors = [number(((x[i] - sae(x[i : i + 1])[0]) ** 2).sum()) for i in range(B)]
     assert number(result.components["mse"]) == pytest.approx(sum(errors) / B)
     acts = sae.encode(x)
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_formula(settings: SAESettings) -> None:
     """Also of b_dec, which takes part in encoding and decoding."""
     x = rows()
     mine, plain = made(settings), made(settings)
-    mine.training_pass(x, START, None).loss.backward()  # type: ignore[no-untyped-call]
+    mine.training_pass(x, x, START, None).loss.backward()  # type: ignore[no-untyped-call]
     pre = (x - plain.b_dec) @ plain.W_enc + plain.b_enc
     if isinstance(settings, TopKSettings):
         kept = torch.zeros_like(pre).scatter(1, pre.topk(settings.k, dim=1).indices, 1.0)
@@ -125,16 +125,16 @@ class TestStandard:
             sae.b_enc.fill_(0.3)
         for _ in range(3):
             sae.zero_grad()
-            sae.training_pass(x, START, None).loss.backward()  # type: ignore[no-untyped-call]
+            sae.training_pass(x, x, START, None).loss.backward()  # type: ignore[no-untyped-call]
             assert sae.b_enc.grad is not None
             with torch.no_grad():
                 sae.b_enc.sub_(0.5 * sae.b_enc.grad)
         assert sae.encode(x)[:, 0].tolist() == [1.5, 1.5, 1.5]
-        assert number(sae.training_pass(x, START, None).loss) == 0.25 + 1.5
+        assert number(sae.training_pass(x, x, START, None).loss) == 0.25 + 1.5
 
     def test_the_penalty_is_summed_over_features(self) -> None:
         sae, x = made(standard_settings()), rows()
-        result = sae.training_pass(x, START, None)
+        result = sae.training_pass(x, x, START, None)
         l1 = number(sae.encode(x).sum()) / B
         assert number(result.components["l1"]) == pytest.approx(l1)
         assert number(result.loss) == pytest.approx(number(result.components["mse"]) + 0.7 * l1)
@@ -143,7 +143,7 @@ class TestStandard:
         sae, x = made(standard_settings(l1_warmup_steps=4)), rows()
         shares = []
         for step in (0, 1, 3, 4, 50):
-            result = sae.training_pass(x, Schedule(step, 100), None)
+            result = sae.training_pass(x, x, Schedule(step, 100), None)
             penalty = number(result.loss) - number(result.components["mse"])
             shares.append(penalty / (0.7 * number(result.components["l1"])))
         assert shares == pytest.approx([0.25, 0.5, 1, 1, 1])
@@ -167,7 +167,7 @@ class TestTopK:
             assert len(kept) == 4
             assert set(kept) == set(pre[i].argsort(descending=True)[:4].tolist())
             torch.testing.assert_close(acts[i, kept], pre[i, kept])
-        assert sae.training_pass(x, START, None).active.sum() == 4 * B
+        assert sae.training_pass(x, x, START, None).active.sum() == 4 * B
 
     def test_negative_ones_are_not_kept(self) -> None:
         sae, x = made(topk_settings()), rows()
@@ -181,7 +181,7 @@ class TestTopK:
         torch.testing.assert_close(sae.encode(x), pre.relu())
 
     def test_without_dead_features_there_is_no_auxiliary_loss(self) -> None:
-        result = made(topk_settings()).training_pass(rows(), START, None)
+        result = made(topk_settings()).training_pass(rows(), rows(), START, None)
         assert set(result.components) == {"mse"}
         assert number(result.loss) == number(result.components["mse"])
 
@@ -189,7 +189,7 @@ class TestTopK:
         sae, x = made(topk_settings(aux_k=3, aux_coefficient=0.5)), rows()
         dead = torch.zeros(S, dtype=torch.bool)
         dead[5:13] = True
-        result = sae.training_pass(x, START, dead)
+        result = sae.training_pass(x, x, START, dead)
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         total = 0.0
         for i in range(B):
@@ -209,7 +209,7 @@ class TestTopK:
         dead[dead_ones] = True
         with torch.no_grad():
             sae.b_enc[dead] += 1  # dead, but some of them positive
-        aux = sae.training_pass(x, START, dead).components["aux"]
+        aux = sae.training_pass(x, x, START, dead).components["aux"]
         aux.backward()  # type: ignore[no-untyped-call]
         for parameter, features in ((sae.W_enc, 1), (sae.W_dec, 0), (sae.b_enc, 0)):
             assert parameter.grad is not None
@@ -225,7 +225,7 @@ class TestTopK:
             sae.W_enc.zero_()
             sae.b_enc.copy_(torch.tensor([1e20, 1e20, 0.9e20]))
             sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]))
-        result = sae.training_pass(torch.ones(4, 2), START, dead)
+        result = sae.training_pass(torch.ones(4, 2), torch.ones(4, 2), START, dead)
         result.loss.backward()  # type: ignore[no-untyped-call]
         assert number(result.loss) == number(result.components["mse"]) == 2
         for parameter in sae.parameters():
@@ -236,8 +236,8 @@ class TestTopK:
         sae, x = made(topk_settings()), rows()
         explicit = made(topk_settings(aux_k=D // 2))
         dead = torch.ones(S, dtype=torch.bool)
-        mine = sae.training_pass(x, START, dead).components["aux"]
-        assert number(mine) == number(explicit.training_pass(x, START, dead).components["aux"])
+        mine = sae.training_pass(x, x, START, dead).components["aux"]
+        assert number(mine) == number(explicit.training_pass(x, x, START, dead).components["aux"])
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=lambda s: s.architecture)

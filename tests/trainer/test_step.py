@@ -30,6 +30,9 @@ def standard_settings(**changes: Any) -> StandardSettings:
     )
 
 
+NO_ROWS = torch.zeros(0, D, dtype=torch.bfloat16)
+
+
 def rows(n: int, seed: int, scale: float = 3.0, offset: float = 1.0) -> Tensor:
     """[n, D] bfloat16: sparse sums of fixed directions."""
     directions = torch.randn(2 * D, D, generator=torch.Generator().manual_seed(99))
@@ -41,7 +44,7 @@ def rows(n: int, seed: int, scale: float = 3.0, offset: float = 1.0) -> Tensor:
 def train(training: SAETraining, steps: range, window_steps: int = 5) -> None:
     for step in steps:
         if step % window_steps == 0:
-            training.begin_window()
+            training.begin_window(NO_ROWS, 0)
         training.step(rows(32, step), Schedule(step, STEPS))
 
 
@@ -72,7 +75,7 @@ class TestSchedule:
         """Adam's first step moves each weight by the learning rate, whatever the gradient."""
         training = begun(standard_settings(lr=0.5, lr_warmup_steps=4, lr_decay_fraction=0.0))
         before = training.sae.b_dec.detach().clone()
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         training.step(rows(64, 1), Schedule(0, STEPS))
         moved = (training.sae.b_dec.detach() - before).abs()
         torch.testing.assert_close(moved, torch.full((D,), 0.5 / 4), rtol=1e-4, atol=0)
@@ -117,7 +120,7 @@ class TestDeadFeatures:
     def test_rows_are_counted_since_a_feature_was_active(self) -> None:
         training = begun(topk_settings(lr=1e-9))
         since = np.zeros(30, np.int64)
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         for step in range(8):
             batch = rows(10 + step, step)
             acts = training.sae.encode(batch.float() * training.scale)
@@ -129,14 +132,14 @@ class TestDeadFeatures:
 
     def test_who_is_dead_is_decided_at_the_start_of_a_window(self) -> None:
         training = begun(topk_settings(lr=1e-9, dead_after_rows=50, aux_coefficient=1.0))
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         for step in range(3):
             training.step(rows(32, 0), Schedule(step, STEPS))
             assert "component.aux" not in training._sums
         figures, _ = training.end_window()
         count = int((training.rows_since_active >= 50).sum())
         assert figures["dead_features"] == count > 0
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         training.step(rows(32, 0), Schedule(3, STEPS))
         assert training.end_window()[0]["aux"] > 0
 
@@ -144,11 +147,11 @@ class TestDeadFeatures:
         training = begun(topk_settings(dead_after_rows=64))
         with torch.no_grad():
             training.sae.b_enc.fill_(-1e6)
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         training.step(rows(63, 0), Schedule(0, STEPS))
         assert training.end_window()[0]["dead_features"] == 0
         training.rows_since_active.fill_(63)
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         training.step(rows(1, 0), Schedule(0, STEPS))
         assert training.end_window()[0]["dead_features"] == 30
 
@@ -158,7 +161,7 @@ class TestFigures:
     def test_they_are_means_over_the_windows_rows(self, offset: float) -> None:
         training = begun(standard_settings(lr=1e-12, l1_warmup_steps=0))
         batches = [rows(n, n, offset=offset) for n in (5, 64, 130)]
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         for step, batch in enumerate(batches):
             training.step(batch, Schedule(step, STEPS))
         figures, bad = training.end_window()
@@ -179,7 +182,7 @@ class TestFigures:
         training = begun(standard_settings(lr=1e-12))
         seen = []
         for _ in range(2):
-            training.begin_window()
+            training.begin_window(NO_ROWS, 0)
             training.step(rows(50, 1), Schedule(30, STEPS))
             seen.append(training.end_window()[0])
         assert seen[0] == pytest.approx(seen[1], rel=1e-6)
@@ -190,7 +193,7 @@ class TestDivergence:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_the_first_step_with_a_loss_that_is_not_finite_is_named(self, value: float) -> None:
         training = begun(topk_settings())
-        training.begin_window()
+        training.begin_window(NO_ROWS, 0)
         for step in range(20, 28):
             batch = rows(16, step)
             if step == 23:

@@ -54,14 +54,24 @@ class SAESettings(Settings):
     """Steps over which the learning rate rises from 0."""
     lr_decay_fraction: float = Field(0.2, ge=0, le=1)
     """Last part of training over which the learning rate falls linearly to 0."""
-    decoder_bias: Literal["mean", "zero", "none"] = "mean"
-    """b_dec starts at the first window's mean, at zero, or does not exist (stays zero)."""
+    initialisation: Literal["random", "orthogonal", "kaiming", "data"] = "random"
+    """Decoder rows at the start: random directions, orthogonal ones, PyTorch's Kaiming-uniform, or rows of
+    the first window; the encoder is their transpose."""
+    decoder_bias: Literal["mean", "geometric-median", "zero", "none"] = "mean"
+    """b_dec starts at the mean or the geometric median of the first window, at zero, or does not exist."""
     dead_after_rows: int = Field(10_000_000, ge=1)
     """A feature not active for this many rows counts as dead (OpenAI use 10 million)."""
+    resample_every_rows: int | None = Field(None, ge=1)
+    """Rows between new directions for dead features, of rows that are reconstructed badly; null: never."""
     seed: int = 0
     """Seed of the initial weights."""
     init_from: str | None = None
     """Directory of a SAELens dictionary of the same kind and shape to start from; null starts at random."""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Hook points whose rows it needs: its input's, and its target's if that is another one."""
+        return (self.hook_name,)
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,10 @@ class Standard(Kind):
     def encode(self, x: Tensor) -> Tensor:
         return torch.relu(self.pre_acts(x))
 
-    def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
+    def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         acts = self.encode(x)
         reconstruction = self.decode(acts)
-        mse = squared_error(x - reconstruction)
+        mse = squared_error(target - reconstruction)
         l1 = widened(acts).sum(dim=1).mean()
         coefficient = self.settings.l1_coefficient * schedule.warm_up(self.settings.l1_warmup_steps)
         return StepResult(

@@ -60,12 +60,12 @@ class TopK(Kind):
     def encode(self, x: Tensor) -> Tensor:
         return keep_top(self.pre_acts(x), self.k)
 
-    def training_pass(self, x: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
+    def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         pre_acts = self.pre_acts(x)
         acts = keep_top(pre_acts, self.k)
         directions = self.directions()
         reconstruction = acts @ directions + self.b_dec
-        error = x - reconstruction
+        error = target - reconstruction
         mse = squared_error(error)
         components = {"mse": mse}
         loss = mse
