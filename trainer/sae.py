@@ -81,11 +81,17 @@ class SAE(nn.Module, ABC):
         """(x − b_dec) W_enc + b_enc [B, S]."""
         if not torch.is_grad_enabled():
             return (x - self.b_dec) @ self.W_enc + self.b_enc
-        # The same value, but b_dec gets its gradient through a vector: through x − b_dec autograd
-        # would multiply a [B, S] by a [S, D] matrix only to sum the rows of the product.
+        centred, bias = self.centred(x)
+        return torch.addmm(bias, centred, self.W_enc)
+
+    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x − b_dec [B, D] without gradient, and b_enc [S] with the gradient of b_dec.
+
+        The pre-activations are the same, but b_dec gets its gradient through a vector: through x − b_dec
+        autograd would multiply a [B, S] by a [S, D] matrix only to sum the rows of the product.
+        """
         fixed = self.b_dec.detach()
-        bias = self.b_enc + (fixed - self.b_dec) @ self.W_enc.detach()
-        return torch.addmm(bias, x - fixed, self.W_enc)
+        return x - fixed, self.b_enc + (fixed - self.b_dec) @ self.W_enc.detach()
 
     def directions(self) -> Tensor:
         """[S, D] decoder rows of unit norm (of norm 1/scale once the scale is folded)."""

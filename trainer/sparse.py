@@ -8,7 +8,9 @@ Shapes: B rows, D d_in, S features, N places in all.
 """
 
 import warnings
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +38,15 @@ class Places:
         rows, k = indices.shape
         start = torch.arange(0, rows * k + 1, k, device=indices.device)
         return Places(start, indices.flatten(), (rows, n_columns))
+
+    @staticmethod
+    def of_flat(indices: Tensor, n_rows: int, n_columns: int) -> "Places":
+        """Places by their numbers in the flattened matrix: [N], in any order."""
+        flat = indices.sort().values
+        start = torch.zeros(n_rows + 1, dtype=torch.int64, device=flat.device)
+        rows = torch.div(flat, n_columns, rounding_mode="floor")
+        torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=start[1:])
+        return Places(start, flat - rows * n_columns, (n_rows, n_columns))
 
     @cached_property
     def row(self) -> Tensor:
@@ -72,11 +83,6 @@ class Places:
         return counts.index_add_(0, self.column, (values > 0).int())
 
 
-def serves(x: Tensor) -> bool:
-    """Whether sparse products are what to use for rows like these."""
-    return x.device.type == "cpu"
-
-
 def picked(x: Tensor, W_enc: Tensor, bias: Tensor, pre_acts: Tensor, places: Places) -> Tensor:
     """[N] pre-activations at places, with gradients for W_enc and bias.
 
@@ -91,6 +97,116 @@ def decoded(values: Tensor, W_dec: Tensor, places: Places) -> Tensor:
     """[B, D] product of the activations with values [N] at places, and W_dec [S, D]."""
     product: Tensor = _Decoded.apply(values, W_dec, places)  # type: ignore[no-untyped-call]
     return product
+
+
+@dataclass(frozen=True)
+class PreActs:
+    """Pre-activations [B, S] of which only few will be used.
+
+    Attributes:
+        values: x W_enc + bias; with gradients where activations stay dense.
+        x, W_enc, bias: what they come from.
+        sparse: whether the activations kept of them are sparse tensors, and gradients go through these alone.
+    """
+
+    values: Tensor
+    x: Tensor
+    W_enc: Tensor
+    bias: Tensor
+    sparse: bool
+
+    @staticmethod
+    def of(x: Tensor, W_enc: Tensor, bias: Tensor, sparse: bool | None = None) -> "PreActs":
+        """On CPUs sparse, unless told."""
+        sparse = x.device.type == "cpu" if sparse is None else sparse
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
+            return PreActs(torch.addmm(bias, x, W_enc), x, W_enc, bias, sparse)
+
+    def only(self, features: Tensor) -> "PreActs":
+        """Those of some features [S] bool; the others lose against every number."""
+        return replace(self, values=self.values.masked_fill(~features, float("-inf")))
+
+    def top_of_rows(self, k: int) -> "Few":
+        """ReLU of each row's k largest."""
+        indices = self.values.detach().topk(k, dim=-1, sorted=False).indices
+        return self._keep(lambda: Places.of_rows(indices, self.values.shape[1]), indices)
+
+    def top_of_batch(self, k: int) -> "Few":
+        """ReLU of the B·k largest, whatever rows they are in."""
+        rows, columns = self.values.shape
+        flat = self.values.detach().flatten().topk(min(k, columns) * rows, sorted=False).indices
+        return self._keep(lambda: Places.of_flat(flat, rows, columns), flat)
+
+    def _keep(self, places: Callable[[], Places], indices: Tensor) -> "Few":
+        if self.sparse:
+            found = places()
+            return _Sparse(torch.relu(picked(self.x, self.W_enc, self.bias, self.values, found)), found)
+        values = self.values if indices.dim() == 2 else self.values.flatten()
+        top = torch.relu(values.gather(-1, indices))
+        return _Dense(torch.zeros_like(values).scatter_(-1, indices, top).view_as(self.values))
+
+
+class Few(ABC):
+    """Activations [B, S] ≥ 0 of which few are not zero."""
+
+    @abstractmethod
+    def decode(self, W_dec: Tensor) -> Tensor:
+        """[B, D] product with W_dec [S, D]."""
+
+    @abstractmethod
+    def active(self) -> Tensor:
+        """[S] int32 on how many rows each feature is active."""
+
+    @abstractmethod
+    def first(self, n: int) -> "Few":
+        """Those of the first n features; all others are zero."""
+
+    @abstractmethod
+    def smallest(self) -> Tensor:
+        """The smallest positive one, infinity if there is none: scalar, without gradient."""
+
+
+@dataclass(frozen=True)
+class _Dense(Few):
+    values: Tensor
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        return self.values @ W_dec
+
+    def active(self) -> Tensor:
+        return (self.values > 0).sum(dim=0, dtype=torch.int32)
+
+    def first(self, n: int) -> Few:
+        kept = torch.arange(self.values.shape[1], device=self.values.device) < n
+        return _Dense(self.values * kept)
+
+    def smallest(self) -> Tensor:
+        return _smallest(self.values)
+
+
+@dataclass(frozen=True)
+class _Sparse(Few):
+    values: Tensor
+    places: Places
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        return decoded(self.values, W_dec, self.places)
+
+    def active(self) -> Tensor:
+        return self.places.active(self.values)
+
+    def first(self, n: int) -> Few:
+        return _Sparse(self.values * (self.places.column < n), self.places)
+
+    def smallest(self) -> Tensor:
+        return _smallest(self.values)
+
+
+def _smallest(values: Tensor) -> Tensor:
+    there = values.detach().flatten()
+    there = there.masked_fill(there <= 0, float("inf"))
+    # the infinity added is for batches that have no rows
+    return torch.cat([there, there.new_full((1,), float("inf"))]).min()
 
 
 class _Picked(torch.autograd.Function):

@@ -1,14 +1,15 @@
-"""dictionary_learning's own trainers on rows that are given to them. See `common`."""
+"""dictionary_learning's own trainers on rows that are given to them. See `jobs`."""
 
 from typing import Any
 
-from common import Rows, Trained, serve
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 from dictionary_learning.trainers.gdm import GatedSAETrainer
 from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
+
+from benchmarks.peers.jobs import Rows, Trained, serve
 
 
 def _trainer(job: dict[str, Any], d_in: int) -> Any:

@@ -1,9 +1,10 @@
-"""SAELens's own trainer on rows that are given to it. See `common`."""
+"""SAELens's own trainer on rows that are given to it. See `jobs`."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from common import Rows, Trained, serve
+from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
@@ -15,6 +16,8 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
+
+from benchmarks.peers.jobs import Rows, Trained, serve
 
 
 def _standard(shape: dict[str, Any], job: dict[str, Any]) -> Any:
@@ -71,18 +74,7 @@ def train(job: dict[str, Any], rows: Rows) -> Trained:
         dead_feature_window=max(1, job["dead_after"] // job["batch_rows"]),
     )
     trained = SAETrainer(config, sae, rows.batches(job)).fit()
-    inference = type(trained).__mro__[0]
-    del inference
-    trained.eval()
-    return _inference(trained)
-
-
-def _inference(trained: Any) -> Trained:
-    """As its users run it: saved for inference, and loaded."""
-    import tempfile
-
-    from sae_lens import SAE
-
+    # as its users run it: saved for inference, and loaded
     with tempfile.TemporaryDirectory() as directory:
         trained.save_inference_model(directory)
         sae = SAE.load_from_disk(directory)

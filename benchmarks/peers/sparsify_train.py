@@ -2,16 +2,17 @@
 
 What happens to a batch there: the loss is the fraction of variance unexplained, plus the auxiliary one; the
 part of the decoder's gradient along its rows is taken out; Adam or signum steps; rows get unit norm. See
-`common`.
+`jobs`.
 """
 
 from typing import Any
 
 import torch
-from common import Rows, Trained, serve
 from sparsify import SparseCoder
 from sparsify.config import SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
+
+from benchmarks.peers.jobs import Rows, Trained, serve
 
 
 def train(job: dict[str, Any], rows: Rows) -> Trained:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from penstock.trainer import sparse
-from penstock.trainer.sparse import Places
+from penstock.trainer.sparse import Few, Places, PreActs
 
 B, D, S = 11, 7, 23
 
@@ -64,3 +64,36 @@ def test_pre_activations_where_they_are_wanted(places: Places) -> None:
     full = x @ W_enc.detach() + bias.detach()
     assert torch.equal(values(W_enc, bias), full[places.row, places.column])
     assert torch.autograd.gradcheck(values, (W_enc, bias))
+
+
+def kept(pre_acts: PreActs, way: str) -> Few:
+    features = torch.arange(S) % 3 > 0
+    return {
+        "rows": lambda: pre_acts.top_of_rows(4),
+        "batch": lambda: pre_acts.top_of_batch(4),
+        "some features": lambda: pre_acts.only(features).top_of_rows(15),
+        "the first": lambda: pre_acts.top_of_batch(4).first(9),
+    }[way]()
+
+
+@pytest.mark.parametrize("way", ["rows", "batch", "some features", "the first"])
+def test_sparse_and_dense_activations_do_the_same(way: str) -> None:
+    x, found = drawn(B, D), []
+    for sparse_too in (True, False):
+        weights = [drawn(D, S, seed=1), drawn(S, seed=2), drawn(S, D, seed=3)]
+        W_enc, bias, W_dec = (tensor.requires_grad_() for tensor in weights)
+        acts = kept(PreActs.of(x, W_enc, bias, sparse_too), way)
+        product = acts.decode(W_dec)
+        (product * drawn(B, D, seed=4)).sum().backward()  # type: ignore[no-untyped-call]
+        assert acts.active().sum() > 0
+        assert acts.smallest() > 0
+        found.append([product.detach(), acts.active(), acts.smallest(), W_enc.grad, bias.grad, W_dec.grad])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_nothing_kept_has_no_smallest() -> None:
+    nothing = PreActs.of(torch.zeros(B, D), torch.zeros(D, S), -torch.ones(S))
+    for acts in (nothing.top_of_rows(2), nothing.top_of_batch(2)):
+        assert acts.smallest() == float("inf")
+        assert acts.active().sum() == 0

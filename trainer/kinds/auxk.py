@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from penstock.trainer.kinds.base import SAESettings, keep_top, squared_error, torch
+from penstock.trainer.kinds.base import SAESettings, squared_error, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from penstock.trainer.sae import SAE
+    from penstock.trainer.sparse import PreActs
 
 
 class AuxKSettings(SAESettings):
@@ -28,7 +29,7 @@ class AuxKSettings(SAESettings):
     """Weight of the auxiliary loss."""
 
 
-def auxiliary_loss(sae: SAE, pre_acts: Tensor, dead: Tensor, error: Tensor, directions: Tensor) -> Tensor:
+def auxiliary_loss(sae: SAE, pre_acts: PreActs, dead: Tensor, error: Tensor, directions: Tensor) -> Tensor:
     """Scalar `aux`, before its coefficient.
 
     Args:
@@ -39,8 +40,8 @@ def auxiliary_loss(sae: SAE, pre_acts: Tensor, dead: Tensor, error: Tensor, dire
         directions: [S, D] decoder rows of unit norm.
     """
     # the settings bound aux_k; fewer dead features than that fill up with zeros
-    aux_k = min(sae.settings.aux_k or sae.d_in // 2, pre_acts.shape[1])
-    dead_acts = keep_top(pre_acts.masked_fill(~dead, float("-inf")), aux_k)
-    aux = squared_error(error.detach() - dead_acts @ directions)
+    aux_k = min(sae.settings.aux_k or sae.d_in // 2, sae.d_sae)
+    dead_acts = pre_acts.only(dead).top_of_rows(aux_k)
+    aux = squared_error(error.detach() - dead_acts.decode(directions))
     # early on the auxiliary loss can overflow; a step without it is better than none
     return torch.nan_to_num(aux, nan=0.0, posinf=0.0)

@@ -19,7 +19,6 @@ from penstock.trainer.kinds.base import (
     Kind,
     Schedule,
     StepResult,
-    keep_top_of_batch,
     refuse_many_norms,
     squared_error,
     torch,
@@ -63,11 +62,14 @@ class BatchTopK(Kind):
         return torch.relu(pre_acts) * (pre_acts > self.threshold)
 
     def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
-        pre_acts = self.pre_acts(x)
-        acts, smallest = keep_top_of_batch(pre_acts, self.settings.k)
-        self.follow(smallest)
+        from penstock.trainer.sparse import PreActs
+
+        centred, bias = self.centred(x)
+        pre_acts = PreActs.of(centred, self.W_enc, bias)
+        acts = pre_acts.top_of_batch(self.settings.k)
+        self.follow(acts.smallest())
         directions = self.directions()
-        reconstruction = acts @ directions + self.b_dec
+        reconstruction = acts.decode(directions) + self.b_dec
         error = target - reconstruction
         mse = squared_error(error)
         components = {"mse": mse}
@@ -76,8 +78,7 @@ class BatchTopK(Kind):
             aux = auxiliary_loss(self, pre_acts, dead, error, directions)
             components["aux"] = aux
             loss = loss + self.settings.aux_coefficient * aux
-        active = (acts > 0).sum(dim=0, dtype=torch.int32)
-        return StepResult(loss, components, reconstruction, active)
+        return StepResult(loss, components, reconstruction, acts.active())
 
     def follow(self, smallest: Tensor) -> None:
         """Move the threshold towards the smallest activation that a batch kept.

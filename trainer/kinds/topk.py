@@ -55,10 +55,13 @@ class TopK(Kind):
         return keep_top(self.pre_acts(x), self.k)
 
     def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
-        pre_acts = self.pre_acts(x)
-        acts = keep_top(pre_acts, self.k)
+        from penstock.trainer.sparse import PreActs
+
+        centred, bias = self.centred(x)
+        pre_acts = PreActs.of(centred, self.W_enc, bias)
+        acts = pre_acts.top_of_rows(self.k)
         directions = self.directions()
-        reconstruction = acts @ directions + self.b_dec
+        reconstruction = acts.decode(directions) + self.b_dec
         error = target - reconstruction
         mse = squared_error(error)
         components = {"mse": mse}
@@ -67,8 +70,7 @@ class TopK(Kind):
             aux = auxiliary_loss(self, pre_acts, dead, error, directions)
             components["aux"] = aux
             loss = loss + self.settings.aux_coefficient * aux
-        active = (acts > 0).sum(dim=0, dtype=torch.int32)
-        return StepResult(loss, components, reconstruction, active)
+        return StepResult(loss, components, reconstruction, acts.active())
 
     def to_saelens(self) -> Foreign:
         return Foreign("topk", {"k": self.k, "rescale_acts_by_decoder_norm": False}, by_input(self))

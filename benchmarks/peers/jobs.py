@@ -1,9 +1,11 @@
 """What the training scripts of the peers share: rows in, jobs in, results out.
 
-Each script is started with the file of rows, says `ready`, and reads one job per line: a JSON object with
-`kind`, `lr`, `seed`, `sparsity` (k, or a coefficient), `d_sae`, `steps`, `batch_rows`, `warmup`, `decay` (steps)
-and `out`. It trains on the rows in their order, and writes reconstructions of the held-out rows, their L0 and
-the seconds that training took.
+    python -m benchmarks.peers.saelens_train ROWS THREADS
+
+says `ready`, and reads one job per line: a JSON object with `kind`, `lr`, `seed`, `sparsity` (k, or a
+coefficient), `d_sae`, `steps`, `batch_rows`, `warmup` and `decay` (steps), `dead_after` (rows) and `out`. It
+trains on the rows in their order, writes reconstructions of the held-out rows, their L0 and the seconds that
+training took to `out`, and says `done`.
 """
 
 import json
