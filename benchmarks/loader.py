@@ -102,7 +102,7 @@ def _compare(dataset: Dataset, epochs: int, rounds: int, device: torch.device) -
 def _saelens(directory: Path, buffer_sequences: int) -> Peer:
     directory.mkdir()
     shape = (N_CHUNKS * SEQUENCES, CONTEXT, D_IN, BATCH_ROWS, buffer_sequences)
-    return Peer("saelens_loader.py", directory, *shape, torch.get_num_threads())
+    return Peer("benchmarks.peers.saelens_loader", directory, *shape, torch.get_num_threads())
 
 
 def _rate(seconds: float) -> float:

@@ -9,14 +9,13 @@ from types import TracebackType
 
 PYTHON = Path(".venv-interop/bin/python")
 """Its interpreter, from the repository's root."""
-SCRIPTS = Path(__file__).parent / "peers"
 
 
 class Peer:
-    """A script of `benchmarks/peers`: says `ready`, then does one round per line and prints its seconds."""
+    """A module of `benchmarks.peers`: says `ready`, then works for each line that it is told."""
 
     def __init__(self, script: str, *arguments: object) -> None:
-        command = [str(PYTHON), str(SCRIPTS / script), *map(str, arguments)]
+        command = [str(PYTHON), "-m", script, *map(str, arguments)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -28,17 +27,22 @@ class Peer:
 
     def round(self) -> float:
         """Do one round; its seconds as the process itself measured them."""
+        return float(self.tell(""))
+
+    def tell(self, line: str, answer: str = "") -> str:
+        """Say a line, and wait for the answer."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
-        return float(self._expect())
+        return self._expect(answer)
 
     def _expect(self, word: str = "") -> str:
+        """The next line; with a word, the next that is this one: libraries print things, too."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline().strip()
-        if not line or (word and line != word):
-            raise RuntimeError(f"{self._process.args!r} ended, or said {line!r}")
-        return line
+        for line in self._process.stdout:
+            if not word or line.strip() == word:
+                return line.strip()
+        raise RuntimeError(f"{self._process.args!r} ended")
 
     def __enter__(self) -> "Peer":
         return self

@@ -4,7 +4,8 @@ Run by `benchmarks.loader` with the interpreter of the libraries' own environmen
 SAELens's runner does (a Hugging Face dataset of float32 sequences), then for each line reads one pass of
 shuffled batches and prints its seconds.
 
-    python saelens_loader.py DIRECTORY SEQUENCES CONTEXT D_IN BATCH_ROWS BUFFER_SEQUENCES THREADS
+    python -m benchmarks.peers.saelens_loader
+        DIRECTORY SEQUENCES CONTEXT D_IN BATCH_ROWS BUFFER_SEQUENCES THREADS
 """
 
 import sys

@@ -1,0 +1,365 @@
+"""Dictionaries beside the peers': explained variance at equal L0 after equal steps on the same batches.
+
+    python -m benchmarks.quality WORKDIR        (`make peers`)
+
+Rows of one hook point of the model that ships with us are scaled to a mean squared norm of d_in and put into
+one order. Every library trains its own kinds with its own trainer on these batches, in an environment of its
+own. All have the same budget: each learning rate of `LEARNING_RATES` with the first seed, the best one on
+half of the held-out rows, then two more seeds. Where a coefficient sets the sparsity, each of these is up to
+`COEFFICIENTS` trainings, and the explained variance at the wanted L0 is read off the line between the nearest
+two. Figures are of the other half of the held-out rows. What was trained is kept in WORKDIR, so that an
+interrupted benchmark goes on.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+
+from benchmarks.peer import Peer
+from penstock.common.memory import keep_freed_memory
+from penstock.common.settings import parse
+from penstock.store.dataset import open_dataset
+from penstock.trainer.config import RunSettings
+from penstock.trainer.kinds.base import Schedule
+from penstock.trainer.step import SAETraining
+
+HOOK = "blocks.3.hook_resid_post"
+TARGET = 32
+"""Features active per row, on average."""
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+COEFFICIENTS = 4
+SEEDS = 3
+HELD_OUT = 16_384
+WINDOW_STEPS = 32
+OURS = "penstock"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A kind as a library has it.
+
+    Attributes:
+        first: coefficient to begin with, where there is one; else the wanted L0 is told.
+    """
+
+    kind: str
+    library: str
+    as_called_there: str
+    first: float | None = None
+
+
+CONTENDERS = [
+    Contender("standard", OURS, "standard", 8.0),
+    Contender("standard", "saelens", "standard", 8.0),
+    Contender("standard", "dictionary_learning", "standard", 1.0),
+    Contender("standard", "dictionary_learning", "standard-april", 8.0),
+    Contender("gated", OURS, "gated", 8.0),
+    Contender("gated", "saelens", "gated", 8.0),
+    Contender("gated", "dictionary_learning", "gated", 8.0),
+    Contender("topk", OURS, "topk"),
+    Contender("topk", "saelens", "topk"),
+    Contender("topk", "dictionary_learning", "topk"),
+    Contender("topk", "sparsify", "topk"),
+    Contender("topk", "sparsify", "topk-signum"),
+    Contender("batchtopk", OURS, "batchtopk"),
+    Contender("batchtopk", "saelens", "batchtopk"),
+    Contender("batchtopk", "dictionary_learning", "batchtopk"),
+    Contender("jumprelu", OURS, "jumprelu"),
+    Contender("jumprelu", "saelens", "jumprelu", 1.0),
+    Contender("jumprelu", "dictionary_learning", "jumprelu"),
+    Contender("matryoshka", OURS, "matryoshka"),
+    Contender("matryoshka", "saelens", "matryoshka"),
+    Contender("matryoshka", "dictionary_learning", "matryoshka"),
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Explained variance on the two halves of the held-out rows, L0, features alive, seconds of training."""
+
+    chosen_by: float
+    explained: float
+    l0: float
+    alive: int
+    seconds: float
+
+
+class Laboratory:
+    """Trains what it is asked to, once."""
+
+    def __init__(self, workdir: Path, shape: dict[str, int], threads: int, stack: ExitStack) -> None:
+        self.shape = shape
+        self._rows = workdir / "rows.safetensors"
+        self._results = workdir / f"results-{shape['steps']}-{shape['d_sae']}-{shape['batch_rows']}.json"
+        self._done: dict[str, Any] = json.loads(self._results.read_text()) if self._results.exists() else {}
+        self._out = workdir / "out.safetensors"
+        self._threads = threads
+        self._stack = stack
+        self._peers: dict[str, Trainer] = {}
+        rows = safetensors.torch.load_file(self._rows)
+        self._held_out = rows["held_out"].float() * float(rows["scale"])
+
+    def train(self, contender: Contender, lr: float, seed: int, sparsity: float) -> Result:
+        job = self.shape | {
+            "kind": contender.as_called_there,
+            "lr": lr,
+            "seed": seed,
+            "sparsity": sparsity,
+            "out": str(self._out),
+        }
+        told = (contender.library, contender.as_called_there, f"{lr:g}", str(seed), f"{sparsity:.5g}")
+        key = " ".join(told)
+        if key not in self._done:
+            self._trainer(contender.library).train(job)
+            self._done[key] = self._measure()
+            self._results.write_text(json.dumps(self._done, indent=1))
+            click.echo(f"  {key:<60} {self._done[key]}")
+        return Result(**self._done[key])
+
+    def _trainer(self, library: str) -> "Trainer":
+        if library not in self._peers:
+            if library == OURS:
+                self._peers[library] = OurTrainer(self._rows, self._threads)
+            else:
+                peer = Peer(f"benchmarks.peers.{library}_train", self._rows, self._threads)
+                self._peers[library] = PeerTrainer(self._stack.enter_context(peer))
+        return self._peers[library]
+
+    def _measure(self) -> dict[str, float]:
+        made = safetensors.torch.load_file(self._out)
+        halves = []
+        for part in range(2):
+            rows, other = self._held_out[part::2].double(), made["reconstruction"][part::2].double()
+            variance = (rows - rows.mean(dim=0)).square().sum()
+            halves.append(1 - float((rows - other).square().sum() / variance))
+        return {
+            "chosen_by": halves[0],
+            "explained": halves[1],
+            "l0": float(made["l0"]),
+            "alive": int(made["alive"]),
+            "seconds": round(float(made["seconds"]), 2),
+        }
+
+
+class Trainer(Protocol):
+    """Does one job."""
+
+    def train(self, job: dict[str, Any]) -> None: ...
+
+
+class PeerTrainer:
+    """In a process and environment of its own."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    def train(self, job: dict[str, Any]) -> None:
+        self._peer.tell(json.dumps(job), "done")
+
+
+class OurTrainer:
+    """What a run does with each window, without the run."""
+
+    def __init__(self, rows: Path, threads: int) -> None:
+        there = safetensors.torch.load_file(rows)
+        self._train, self._scale = there["train"], float(there["scale"])
+        self._held_out = there["held_out"]
+        torch.set_num_threads(threads)
+
+    def train(self, job: dict[str, Any]) -> None:
+        settings = our_settings(job)
+        batch_rows, steps = job["batch_rows"], job["steps"]
+        training = SAETraining(self._train.shape[1], settings, torch.device("cpu"))
+        started = time.perf_counter()
+        for step in range(steps):
+            if step % WINDOW_STEPS == 0:
+                window = self._train[step * batch_rows : (step + WINDOW_STEPS) * batch_rows]
+                if step == 0:
+                    training.initialise(window)
+                training.begin_window(window, step * batch_rows)
+            training.step(self._train[step * batch_rows : (step + 1) * batch_rows], Schedule(step, steps))
+        seconds = time.perf_counter() - started
+        sae = training.sae
+        sae.fold_scale(training.scale)
+        with torch.no_grad():
+            acts = sae.encode(self._held_out.float())
+            made = {
+                "reconstruction": sae.decode(acts) * self._scale,
+                "l0": (acts > 0).sum(dim=1).double().mean(),
+                "alive": (acts > 0).any(dim=0).sum(),
+                "seconds": torch.tensor(seconds),
+            }
+        safetensors.torch.save_file(made, job["out"])
+
+
+def our_settings(job: dict[str, Any]) -> Any:
+    """Settings of one SAE; what is not told has its default."""
+    kind, value, steps = job["kind"], job["sparsity"], job["steps"]
+    told: dict[str, Any] = {
+        "name": "a",
+        "hook_name": HOOK,
+        "architecture": kind,
+        "d_sae": job["d_sae"],
+        "lr": job["lr"],
+        "seed": job["seed"],
+        "lr_warmup_steps": job["warmup"],
+        "lr_decay_fraction": job["decay"] / steps,
+        "dead_after_rows": job["dead_after"],
+    }
+    if kind in ("standard", "gated"):
+        told |= {"l1_coefficient": value, "l1_warmup_steps": steps // 5}
+    elif kind == "jumprelu":
+        told |= {"l0_target": value}
+    else:
+        told |= {"k": int(value)}
+    return parse(RunSettings, {"name": "quality", "saes": [told]}, "quality").saes[0]
+
+
+def explained_at_target(
+    laboratory: Laboratory, contender: Contender, lr: float, seed: int
+) -> tuple[float, float, Result]:
+    """Explained variance on both halves at the wanted L0, and the training nearest to it."""
+    if contender.first is None:
+        result = laboratory.train(contender, lr, seed, TARGET)
+        return result.chosen_by, result.explained, result
+    tried = {contender.first: laboratory.train(contender, lr, seed, contender.first)}
+    while len(tried) < COEFFICIENTS:
+        following = _next_coefficient(tried)
+        tried[following] = laboratory.train(contender, lr, seed, following)
+    below = max((r for r in tried.values() if r.l0 <= TARGET), key=lambda r: r.l0, default=None)
+    above = min((r for r in tried.values() if r.l0 > TARGET), key=lambda r: r.l0, default=None)
+    if below is None or above is None:
+        return math.nan, math.nan, next(iter(tried.values()))
+    share = math.log(TARGET / below.l0) / math.log(above.l0 / below.l0) if below.l0 > 0 else 1.0
+    nearest = min(tried.values(), key=lambda r: abs(r.l0 - TARGET))
+    return (
+        below.chosen_by + share * (above.chosen_by - below.chosen_by),
+        below.explained + share * (above.explained - below.explained),
+        nearest,
+    )
+
+
+def _next_coefficient(tried: dict[float, Result]) -> float:
+    """By bisection once the wanted L0 lies between two, else by guessing that L0 falls in proportion."""
+    low = max((c for c, r in tried.items() if r.l0 > TARGET), default=None)
+    high = min((c for c, r in tried.items() if r.l0 <= TARGET), default=None)
+    if low is not None and high is not None:
+        return math.sqrt(low * high)
+    if low is not None:
+        return low * min(4.0, max(1.3, 1.2 * tried[low].l0 / TARGET))
+    assert high is not None
+    return high / min(4.0, max(1.3, 1.2 * TARGET / max(1.0, tried[high].l0)))
+
+
+def compete(laboratory: Laboratory, kinds: list[str]) -> Iterator[dict[str, Any]]:
+    """A line per contender."""
+    for contender in CONTENDERS:
+        if contender.kind not in kinds:
+            continue
+        tried = {lr: explained_at_target(laboratory, contender, lr, 0) for lr in LEARNING_RATES}
+        known = {lr: found for lr, found in tried.items() if not math.isnan(found[0])}
+        if not known:
+            click.echo(f"{contender}: L0 {TARGET} was not reached")
+            continue
+        lr = max(known, key=lambda rate: known[rate][0])
+        found = [known[lr]]
+        found += [explained_at_target(laboratory, contender, lr, seed) for seed in range(1, SEEDS)]
+        yield {
+            "kind": contender.kind,
+            "library": contender.library,
+            "as": contender.as_called_there,
+            "lr": lr,
+            "explained": [value for _, value, _ in found],
+            "median": statistics.median(value for _, value, _ in found),
+            "l0": statistics.median(result.l0 for _, _, result in found),
+            "alive": statistics.median(result.alive for _, _, result in found),
+            "seconds": statistics.median(result.seconds for _, _, result in found),
+        }
+
+
+def table(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown: per kind, ours and then the peers', best first."""
+    yield "| kind | library | lr | explained variance, median (all seeds) | ours less it | alive | seconds |"
+    yield "|---|---|---|---|---|---|---|"
+    ours = {line["kind"]: line["median"] for line in lines if line["library"] == OURS}
+    for line in sorted(lines, key=lambda x: (x["kind"], x["library"] != OURS, -x["median"])):
+        name = line["library"] if line["as"] == line["kind"] else f"{line['library']}, {line['as']}"
+        seeds = ", ".join(f"{value:.4f}" for value in line["explained"])
+        less = "" if line["library"] == OURS else f"{ours.get(line['kind'], math.nan) - line['median']:+.4f}"
+        yield (
+            f"| {line['kind']} | {name} | {line['lr']:g} | {line['median']:.4f} ({seeds}) | {less} | "
+            f"{line['alive']:,.0f} | {line['seconds']:.0f} |"
+        )
+
+
+def make_rows(workdir: Path, shape: dict[str, int]) -> None:
+    """Store activations with the ordinary commands, and put the batches of a run in a file."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    needed = shape["steps"] * shape["batch_rows"]
+    config = {
+        "workdir": str(workdir),
+        "corpus": {"context": 256, "max_tokens": 560_000, "max_held_out_tokens": 20_000},
+        "dataset": {"hooks": [HOOK], "sequences_per_chunk": 64, "max_rows": 510_000},
+        "trainers": 0,
+    }
+    (workdir / "config.yaml").write_text(yaml.safe_dump(config))
+    penstock = str(Path(".venv/bin/penstock"))
+    subprocess.run([penstock, "run", str(workdir / "config.yaml")], check=True)
+    dataset = open_dataset(str(workdir / "dataset"))
+    parts: list[torch.Tensor] = []
+    held_out = torch.from_numpy(dataset.as_numpy(HOOK, -HELD_OUT).view(np.int16)).view(torch.bfloat16)
+    last = dataset.manifest.total_rows - HELD_OUT
+    rows = torch.from_numpy(dataset.as_numpy(HOOK, 0, last).view(np.int16)).view(torch.bfloat16)
+    epoch = 0
+    while sum(map(len, parts)) < needed:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(epoch))
+        parts.append(rows[order])
+        epoch += 1
+    train = torch.cat(parts)[:needed].contiguous()
+    mean_square = float(rows.double().square().sum(dim=1).mean())
+    scale = torch.tensor(math.sqrt(rows.shape[1] / mean_square), dtype=torch.float64)
+    made = {"train": train, "held_out": held_out.contiguous(), "scale": scale}
+    safetensors.torch.save_file(made, workdir / "rows.safetensors")
+
+
+@click.command()
+@click.argument("workdir", type=click.Path(path_type=Path))
+@click.option("--kind", "kinds", multiple=True, help="Only this kind; repeatable.")
+@click.option("--steps", default=1200, show_default=True)
+@click.option("--d-sae", default=1536, show_default=True)
+@click.option("--batch-rows", default=1024, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+def main(
+    workdir: Path, kinds: tuple[str, ...], steps: int, d_sae: int, batch_rows: int, threads: int
+) -> None:
+    """Train everything, print a table."""
+    if not Peer.available():
+        raise click.UsageError("`make interop` makes the peers' environment; it is not there")
+    keep_freed_memory()
+    shape = {"steps": steps, "d_sae": d_sae, "batch_rows": batch_rows}
+    shape |= {"warmup": steps // 20, "decay": steps // 5, "dead_after": 100 * batch_rows}
+    if not (workdir / "rows.safetensors").exists():
+        make_rows(workdir, shape)
+    with ExitStack() as stack:
+        laboratory = Laboratory(workdir, shape, threads, stack)
+        wanted = list(kinds) or list(dict.fromkeys(contender.kind for contender in CONTENDERS))
+        lines = list(compete(laboratory, wanted))
+    (workdir / "quality.json").write_text(json.dumps({"shape": shape, "lines": lines}, indent=1))
+    click.echo("\n".join(table(lines)))
+
+
+if __name__ == "__main__":
+    main()
