@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 from dictionary_learning.utils import load_dictionary
-from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    SAE,
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
 from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
 from torch import Tensor
@@ -75,11 +85,21 @@ def make_dictionaries(workdir: Path, reference: str) -> None:
         "standard-uncentred": StandardSAE(StandardSAEConfig(**shape, apply_b_dec_to_input=False)),
         "topk": TopKSAE(TopKSAEConfig(**shape, k=16)),
         "topk-rescaled": TopKSAE(TopKSAEConfig(**shape, k=16, rescale_acts_by_decoder_norm=True)),
+        "gated": GatedSAE(GatedSAEConfig(**shape)),
+        "gated-uncentred": GatedSAE(GatedSAEConfig(**shape, apply_b_dec_to_input=False)),
+        "jumprelu": JumpReLUSAE(JumpReLUSAEConfig(**shape)),
+        "jumprelu-uncentred": JumpReLUSAE(JumpReLUSAEConfig(**shape, apply_b_dec_to_input=False)),
     }
     generator = torch.Generator().manual_seed(0)
     for name, sae in made.items():
         sae.b_dec.copy_(rows.mean(dim=0))
-        sae.b_enc.copy_(torch.randn(d_sae, generator=generator))
+        for bias in ("b_enc", "b_gate", "b_mag"):
+            if getattr(sae, bias, None) is not None:
+                getattr(sae, bias).copy_(torch.randn(d_sae, generator=generator))
+        if hasattr(sae, "r_mag"):
+            sae.r_mag.copy_(0.3 * torch.randn(d_sae, generator=generator))
+        if hasattr(sae, "threshold"):
+            sae.threshold.copy_(torch.rand(d_sae, generator=generator))
         sae.W_dec.copy_(torch.randn(d_sae, d_in, generator=generator))
         sae.W_dec.mul_(0.5 + torch.rand(d_sae, 1, generator=generator))
         sae.W_enc.copy_(torch.randn(d_in, d_sae, generator=generator) / d_in**0.5)

@@ -9,14 +9,23 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from penstock.trainer import kinds as all_kinds
 from penstock.trainer.kinds import AnySettings, SAESettings
 from penstock.trainer.sae import SAE, build
 
 D, S, K, B = 12, 40, 5, 200
 SCALE = 0.37
-SETTINGS: dict[str, dict[str, Any]] = {"standard": {"l1_coefficient": 1.0}, "topk": {"k": K}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "standard": {"l1_coefficient": 1.0},
+    "topk": {"k": K},
+    "batchtopk": {"k": K},
+    "gated": {"l1_coefficient": 1.0},
+    "jumprelu": {"l0_target": K},
+}
 """Settings that each kind needs; a new kind adds its own."""
 KINDS = sorted(SETTINGS)
+IMPORTED = [kind for kind in KINDS if all_kinds.KINDS[kind].from_saelens]
+"""Kinds that SAELens dictionaries become."""
 
 
 def settings_of(kind: str, **changes: Any) -> SAESettings:
@@ -33,6 +42,8 @@ def trained(kind: str, seed: int = 0) -> SAE:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        if kind == "batchtopk":
+            sae.get_buffer("threshold").fill_(0.4)
     sae.fold_scale(SCALE)
     return sae.eval().requires_grad_(False)
 
@@ -61,7 +72,14 @@ def write_saelens(
         "b_enc": torch.randn(d_sae, generator=random),
         "W_dec": torch.randn(d_sae, d_in, generator=random) * lengths,
         "b_dec": torch.randn(d_in, generator=random),
-    } | (tensors or {})
+    }
+    if kind == "jumprelu":
+        made["threshold"] = torch.rand(d_sae, generator=random)
+    if kind == "gated":
+        made["b_gate"] = made.pop("b_enc")
+        made["b_mag"] = torch.randn(d_sae, generator=random)
+        made["r_mag"] = 0.3 * torch.randn(d_sae, generator=random)
+    made |= tensors or {}
     config = {
         "architecture": kind,
         "d_in": d_in,

@@ -160,7 +160,7 @@ def assemble(
     _check_tensors(tensors, sae.to_saelens().tensors, f"{where}/{WEIGHTS}")
     tensors = {name: tensor.to(_type_of(config.dtype)).float() for name, tensor in tensors.items()}
     if not config.apply_b_dec_to_input:
-        tensors["b_enc"] = _uncentred(tensors, where)
+        tensors |= sae.centre(tensors)
     try:
         sae.adopt_saelens(Foreign(config.architecture, fields, tensors))
     except ValueError as error:
@@ -211,11 +211,3 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], where:
             raise UserError(f"{where}: {name} is {tensor.dtype}; save it as {', '.join(TYPES)}")
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {name} holds values that are not finite")
-
-
-def _uncentred(tensors: dict[str, Tensor], where: str) -> Tensor:
-    """[S] encoder bias that makes up for b_dec being subtracted: b_enc + b_dec W_enc."""
-    if "b_enc" not in tensors:
-        raise UserError(f"{where}/{CONFIG}: apply_b_dec_to_input: false cannot be imported for its kind")
-    b_enc, b_dec, W_enc = (tensors[name].double() for name in ("b_enc", "b_dec", "W_enc"))
-    return (b_enc + b_dec @ W_enc).float()
