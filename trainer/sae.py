@@ -22,6 +22,10 @@ from penstock.trainer.kinds import KINDS
 from penstock.trainer.kinds.base import SAESettings, Schedule, StepResult
 from penstock.trainer.kinds.foreign import Foreign, NoSuchKind
 
+ENCODER_LENGTH = 0.5
+"""Norm of a feature's encoder at the start. With 1, the features that a row activates, which overlap, add up
+to more than the row, and the first steps go into shortening them."""
+
 
 class SAE(nn.Module, ABC):
     """A sparse autoencoder with rows of W_dec as feature directions."""
@@ -81,6 +85,14 @@ class SAE(nn.Module, ABC):
             dead: [S] bool, features that are dead; None while there are none.
         """
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Once the optimizer has stepped: rows of W_dec get unit norm again.
+
+        Otherwise they would grow, as their gradient is at right angles to them, and turn ever more slowly.
+        """
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp(min=1e-12))
+
     def pre_acts(self, x: Tensor) -> Tensor:
         """(x − b_dec) W_enc + b_enc [B, S]."""
         if not torch.is_grad_enabled():
@@ -111,7 +123,7 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def initialise(self, seed: int, bias: Tensor | None, rows: Tensor | None = None) -> None:
-        """Decoder rows as the settings say, scaled to unit norm; encoder their transpose.
+        """Decoder rows as the settings say, scaled to unit norm; encoder their transpose, shorter.
 
         Drawn on the CPU, so that every device starts from the same weights.
 
@@ -141,7 +153,7 @@ class SAE(nn.Module, ABC):
 
     def _start_encoder(self, directions: Tensor) -> None:
         """Set W_enc. directions: [S, D] of unit norm."""
-        self.W_enc.copy_(directions.T)
+        self.W_enc.copy_(ENCODER_LENGTH * directions.T)
 
     def _start_decoder(self, directions: Tensor, generator: torch.Generator) -> None:
         """Set W_dec. directions: [S, D] of unit norm, the encoder's."""

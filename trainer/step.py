@@ -106,6 +106,7 @@ class SAETraining:
         result.loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(schedule)
         self.optimizer.step()
+        self.sae.after_step()
         with torch.no_grad():
             self._note(target, result)
             self._first_bad = torch.where(

@@ -60,7 +60,7 @@ class SAESettings(Settings):
     """Last part of training over which the learning rate falls linearly to 0."""
     initialisation: Literal["random", "orthogonal", "kaiming", "data"] = "random"
     """Decoder rows at the start: random directions, orthogonal ones, PyTorch's Kaiming-uniform, or rows of
-    the first window; the encoder is their transpose."""
+    the first window; the encoder is half their transpose."""
     decoder_bias: Literal["mean", "geometric-median", "zero", "none"] = "mean"
     """b_dec starts at the mean or the geometric median of the first window, at zero, or does not exist."""
     dead_after_rows: int = Field(10_000_000, ge=1)

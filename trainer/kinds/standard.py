@@ -73,6 +73,10 @@ class Standard(Kind):
     def directions(self) -> Tensor:
         return self.W_dec if self.settings.decoder_norm == "free" else super().directions()
 
+    def after_step(self) -> None:
+        if self.settings.decoder_norm == "unit":
+            super().after_step()
+
     @property
     def _is_tied(self) -> bool:
         return "W_enc" not in self._parameters
