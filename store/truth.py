@@ -17,11 +17,8 @@ import numpy.typing as npt
 from penstock.common.errors import DamagedObject, DataError
 from penstock.store.dataset import Dataset
 from penstock.store.layout import TRUTH, TRUTH_COPY
-from penstock.store.manifest import Manifest
+from penstock.store.manifest import TOY, Manifest
 from penstock.store.objects import ObjectStore
-
-TOY = "toy"
-"""`source.kind` of toy datasets."""
 
 
 @dataclass(frozen=True)
