@@ -239,7 +239,7 @@ def test_a_later_dataset_goes_on_where_the_earlier_ends(tmp_path: Path) -> None:
     assert later.corpus.first_sequence == 3
     assert chunk.sequence.tolist() == whole.sequence[96:].tolist()
     assert chunk.acts[READ].tobytes() == whole.acts[READ][96:].tobytes()
-    with pytest.raises(ConfigError, match="dataset.after"):
+    with pytest.raises(ConfigError, match=r"dataset\.after"):
         plan_of(small(seed=1), after=[str(tmp_path / "a")])
 
 
