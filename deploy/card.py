@@ -245,8 +245,8 @@ def _arrays(manifest: Manifest) -> Iterator[str]:
     yield ""
     yield (
         f"Rows are permuted within each chunk{', and sequences over the whole corpus' if text else ''}. "
-        "A chunk counts only if `commits/` has a record of it: one that does not exist reads as zeros through "
-        "any Zarr reader."
+        "A chunk counts only if `commits/` has a record of it: one that does not exist reads as zeros "
+        "through any Zarr reader."
     )
     yield ""
 
