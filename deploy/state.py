@@ -59,6 +59,18 @@ class State:
         )
 
 
+def has_text(config: Config) -> bool:
+    """Whether a config's dataset is made from a corpus; one that is only read may be of anything."""
+    if config.toy is not None or config.producers:
+        return config.toy is None
+    from penstock.store.dataset import open_dataset
+
+    try:
+        return open_dataset(config.dataset.url).manifest.of_text
+    except ObjectMissing:
+        return True
+
+
 def read_state(config: Config) -> State:
     """What the store says about everything in a config."""
     from penstock.store.corpus import open_corpus
