@@ -53,7 +53,11 @@ class RunSettings(Settings):
         if not isinstance(data, dict) or not data.get("grid"):
             return data
         listed = data.get("saes", [])
-        return data | {"saes": [*listed, *expand_grid(data["grid"])], "grid": []} if isinstance(listed, list) else data
+        return (
+            data | {"saes": [*listed, *expand_grid(data["grid"])], "grid": []}
+            if isinstance(listed, list)
+            else data
+        )
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -21,7 +21,14 @@ MAX_SAES = 10_000
 """What a grid may expand to; each SAE needs memory and time of its own."""
 
 _RANGES = {"log10": 10.0, "log2": 2.0, "ln": math.e}
-_SHORT = {"l1_coefficient": "l1-", "alpha": "a", "d_sae": "d", "size_ratio": "r", "seed": "s", "hook_name": ""}
+_SHORT = {
+    "l1_coefficient": "l1-",
+    "alpha": "a",
+    "d_sae": "d",
+    "size_ratio": "r",
+    "seed": "s",
+    "hook_name": "",
+}
 _ALTERNATIVES = {"alpha": "l1_coefficient", "size_ratio": "d_sae"}
 """Spellings that only grids have, and what they become."""
 
@@ -141,7 +148,9 @@ def _kinds(choices: dict[str, list[Any]], where: str) -> list[str]:
         if not isinstance(name, str) or name not in KINDS:
             known = ", ".join(sorted(KINDS))
             raise ValueError(f"{where}: architecture: {one_line(str(name), 60)!r} is not one of {known}")
-    known = {*_ALTERNATIVES, "relative_to"} | {f for a in architectures for f in KINDS[a].Settings.model_fields}
+    known = {*_ALTERNATIVES, "relative_to"} | {
+        f for a in architectures for f in KINDS[a].Settings.model_fields
+    }
     known -= {f for f in _ALTERNATIVES if _ALTERNATIVES[f] not in known}
     for key in choices:
         if key not in known:
@@ -166,9 +175,7 @@ def _expand(
             yield _settings(kind, name, told, frame, where)
 
 
-def _settings(
-    kind: str, name: str, told: dict[str, Any], frame: GridFrame | None, where: str
-) -> SAESettings:
+def _settings(kind: str, name: str, told: dict[str, Any], frame: GridFrame | None, where: str) -> SAESettings:
     fields: dict[str, Any] = {key: value for key, value in told.items() if key not in _ALTERNATIVES}
     for key in _ALTERNATIVES.keys() & told.keys():
         if frame is None:
