@@ -151,7 +151,7 @@ def train(config: str, workdir: str | None, drain: bool) -> None:
 @WORKDIR
 @click.option("--out", default=".", help="Directory for report.html and summary.json.")
 def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
-    """Evaluate a run on held-out text and write its report."""
+    """Evaluate a run on what is held out and write its report."""
     from penstock.deploy.processes import report as make_report
 
     def progress(done: int, total: int) -> None:
@@ -159,10 +159,10 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
 
     summary = make_report(_load(config, workdir), run_url, Path(out), progress)
     for sae in summary["saes"]:
-        click.echo(
-            f"{sae['name']}: explained variance {sae['explained_variance']:.3f}, cross-entropy recovered "
-            f"{sae['ce_recovered']:.3f}, L0 {sae['l0']:.1f}, {sae['dead_features']} dead"
-        )
+        told = {"explained variance": "explained_variance", "cross-entropy recovered": "ce_recovered"}
+        known = [f"{label} {sae[key]:.3f}" for label, key in told.items() if sae[key] is not None]
+        known += [f"L0 {sae['l0']:.1f}", f"{sae['dead_features']} dead"]
+        click.echo(f"{sae['name']}: {', '.join(known)}")
 
 
 @cli.command()

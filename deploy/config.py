@@ -11,6 +11,7 @@ from penstock.common.redis import RedisSettings
 from penstock.common.settings import Settings, load_yaml, parse
 from penstock.producer.corpus import CorpusSettings
 from penstock.producer.plan import DatasetSettings
+from penstock.producer.toy import ToySettings
 from penstock.trainer.config import RunSettings
 
 S = TypeVar("S", bound=Settings)
@@ -50,6 +51,8 @@ class Config(Settings):
     """The language model."""
     corpus: CorpusSettings = CorpusSettings()
     """The text."""
+    toy: ToySettings | None = None
+    """Toy data with a known ground truth; a config with it has neither `model` nor `corpus`."""
     dataset: DatasetSettings
     """The activations."""
     runs_url: str = "runs"
@@ -70,6 +73,11 @@ class Config(Settings):
     """Evaluation and report."""
     json_logs: bool = False
     """Log JSON lines instead of text."""
+
+    def encode(self) -> str:
+        """As JSON that `load_config` takes."""
+        without = {"model", "corpus"} if self.toy is not None else set()
+        return self.model_dump_json(indent=1, exclude=without) + "\n"
 
     @property
     def directory(self) -> Path:
@@ -98,6 +106,10 @@ def load_config(path: str, workdir: str | None = None) -> Config:
     if workdir is not None:
         data["workdir"] = workdir
     config = parse(Config, data, path)
+    if both := sorted({"model", "corpus"} & data.keys()) if config.toy is not None else []:
+        raise ConfigError(
+            f"{path}: {both[0]}: toy data are made from no model and no text; leave out {both[0]} or toy"
+        )
     names = [run.name for run in config.runs]
     if len(set(names)) != len(names):
         raise ConfigError(f"{path}: runs: two runs have the same name")

@@ -19,6 +19,7 @@ from penstock.store.objects import open_store
 
 if TYPE_CHECKING:
     from penstock.producer.source import Source
+    from penstock.producer.toy import ToySettings
     from penstock.store.joined import JoinedDataset
     from penstock.store.manifest import Manifest
     from penstock.trainer.config import RunSettings
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 
 def build_corpus(config: Config, progress: Callable[[int, int | None], None]) -> Any:
-    """Make the corpus unless it is there; returns it."""
+    """Make the corpus unless it is there; returns it.
+
+    Raises:
+        ConfigError: the config is of toy data.
+    """
+    if config.toy is not None:
+        raise ConfigError("toy: toy data are made from no text; `penstock produce` makes them")
     from penstock.common.model.files import find_model, load_tokenizer
     from penstock.producer.corpus import ensure_corpus
 
@@ -36,7 +43,9 @@ def build_corpus(config: Config, progress: Callable[[int, int | None], None]) ->
 
 
 def open_source(config: Config) -> "tuple[Manifest, MakeSource]":
-    """The plan of a config's dataset, and what makes its chunks: here, a language model on a corpus."""
+    """The plan of a config's dataset, and what makes its chunks: a model on a corpus, or toy data."""
+    if config.toy is not None:
+        return _open_toy(config.toy, config)
     from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel
     from penstock.producer.plan import plan_dataset
@@ -48,6 +57,21 @@ def open_source(config: Config) -> "tuple[Manifest, MakeSource]":
     _check_tokenizer(model, corpus)
     plan = plan_dataset(config.dataset, corpus, model)
     return plan, lambda manifest, progress: LanguageModelSource(manifest, corpus, model, progress)
+
+
+def _open_toy(settings: "ToySettings", config: Config) -> "tuple[Manifest, MakeSource]":
+    from penstock.producer.toy import Toy
+    from penstock.producer.toy_source import ToySource, plan_toy
+    from penstock.store.truth import store_truth
+
+    toy = Toy(settings)
+
+    def make_source(manifest: "Manifest", progress: Callable[[], None]) -> ToySource:
+        # before the first chunk: whoever sees one finds what it is made of
+        store_truth(open_store(config.dataset.url), manifest, toy.truth)
+        return ToySource(manifest, toy, progress)
+
+    return plan_toy(config.dataset, toy), make_source
 
 
 def produce(config: Config) -> None:
@@ -211,13 +235,10 @@ def train(config: Config, drain: bool) -> None:
 
 
 def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Evaluate a run on held-out text; write report.html and summary.json below `out`."""
+    """Evaluate a run on what is held out; write report.html and summary.json below `out`."""
     from penstock.common.memory import keep_freed_memory
-    from penstock.common.model.files import find_model
-    from penstock.common.model.language_model import LanguageModel
-    from penstock.store.corpus import open_corpus
+    from penstock.deploy.evaluation import evaluate_run
     from penstock.trainer.config import load_run_config, open_pinned
-    from penstock.trainer.evaluate import evaluate
     from penstock.trainer.load import load_saes, split_run_url
     from penstock.trainer.report import render_report
     from penstock.trainer.summary import last_head, summarise
@@ -227,24 +248,9 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     run = load_run_config(runs, run_id)
     head = last_head(runs, run)
     data = open_pinned(run)
-    corpus = open_corpus(config.corpus.url)
-    if corpus.manifest.digest not in [pin.corpus_digest for pin in run.datasets]:
-        raise ConfigError(
-            f"corpus.url: {config.corpus.url} is not a corpus of run {run_id}; its digest differs"
-        )
-    files = find_model(config.model)
-    if files.weights_sha256() != run.datasets[0].weights_sha256:
-        raise ModelError(
-            f"model.name: the weights of {files.name} differ from those that run {run_id} was trained on"
-        )
     started = time.monotonic()
-    # nothing here needs to be bit-identical: use the whole machine
-    model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
-    hook_of = {sae.name: sae.hook_name for sae in run.settings.saes}
-    saes = {name: (hook_of[name], sae) for name, sae in load_saes(runs, run, head).items()}
-    result = evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
-    seconds = time.monotonic() - started
-    summary, history = summarise(runs, run, data, corpus, result, seconds)
+    result = evaluate_run(config, run, data, lambda: load_saes(runs, run, head), progress)
+    summary, history = summarise(runs, run, data, result, time.monotonic() - started)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (out / "report.html").write_text(render_report(summary, history), encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from penstock.common.errors import ObjectMissing
 from penstock.deploy.config import Config
+from penstock.store.manifest import LANGUAGE_MODEL
 from penstock.store.objects import open_store
 
 if TYPE_CHECKING:
@@ -57,6 +58,18 @@ class State:
             and self.committed == self.planned
             and all(run.status == "done" for run in self.runs.values())
         )
+
+
+def has_text(config: Config) -> bool:
+    """Whether a config's dataset is made from a corpus; one that is only read may be of anything."""
+    if config.toy is not None or config.producers:
+        return config.toy is None
+    from penstock.store.dataset import open_dataset
+
+    try:
+        return open_dataset(config.dataset.url).manifest.source.kind == LANGUAGE_MODEL
+    except ObjectMissing:
+        return True
 
 
 def read_state(config: Config) -> State:

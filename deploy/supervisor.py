@@ -25,7 +25,7 @@ from penstock.common.redis import URL_VARIABLE, Client, RedisSettings, connect
 from penstock.deploy.child import Child
 from penstock.deploy.config import Config
 from penstock.deploy.progress import Progress
-from penstock.deploy.state import CONFIG_FILE, REDIS_FILE, State, read_state
+from penstock.deploy.state import CONFIG_FILE, REDIS_FILE, State, has_text, read_state
 from penstock.store.layout import MANIFEST
 from penstock.store.objects import open_store
 
@@ -133,9 +133,10 @@ class Supervisor:
         """All phases, or until `stop` is set."""
         config = self.config
         file = str(config.directory / CONFIG_FILE)
-        Path(file).write_text(config.model_dump_json(indent=1) + "\n")
-        corpus = self.add("corpus", "corpus", file, talks=True)
-        self.watch(lambda: corpus.done)
+        Path(file).write_text(config.encode())
+        if has_text(config):
+            corpus = self.add("corpus", "corpus", file, talks=True)
+            self.watch(lambda: corpus.done)
         self.producers = [self.add(f"producer-{n}", "produce", file) for n in range(config.producers)]
         if config.runs and not self.stop.is_set():
             self._submit_when_planned()

@@ -12,7 +12,15 @@ from penstock.producer.memory import bytes_held
 from penstock.store.arrays import PLAIN
 from penstock.store.corpus import Corpus
 from penstock.store.layout import FORMAT_VERSION
-from penstock.store.manifest import CorpusPin, HookSpec, Manifest, Numerics, SourcePin, load_manifest
+from penstock.store.manifest import (
+    LANGUAGE_MODEL,
+    CorpusPin,
+    HookSpec,
+    Manifest,
+    Numerics,
+    SourcePin,
+    load_manifest,
+)
 from penstock.store.objects import MAX_CREATE_BYTES, open_store
 
 if TYPE_CHECKING:
@@ -84,15 +92,9 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: "LanguageMode
         )
     hooks = model.resolve(settings.hooks)
     widths = model.widths(hooks)
-    sequences = settings.sequences_per_chunk or _sequences_per_chunk(settings, corpus, list(widths.values()))
+    sequences = sequences_per_chunk(settings, corpus.manifest.context, list(widths.values()))
     first = first_sequence(settings, corpus)
     rows = _rows(settings, corpus, first, sequences)
-    largest = sequences * corpus.manifest.context * 2 * max(widths.values())
-    if largest >= MAX_CREATE_BYTES - 1024:
-        raise ConfigError(
-            f"dataset.sequences_per_chunk: {sequences} makes objects of {largest / 2**20:.0f} MiB; "
-            "they must stay under 64 MiB"
-        )
     n_sequences = min(len(rows) * sequences, corpus.manifest.n_sequences - first)
     lead = 1 if settings.drop_special and corpus.manifest.bos == "prepend" else 0
     return Manifest(
@@ -109,7 +111,7 @@ def plan_dataset(settings: DatasetSettings, corpus: Corpus, model: "LanguageMode
             held_out_rule=corpus.manifest.held_out_rule,
         ),
         source=SourcePin(
-            kind="language-model",
+            kind=LANGUAGE_MODEL,
             name=model.files.label,
             revision=model.files.revision,
             weights_sha256=model.files.weights_sha256(),
@@ -150,9 +152,29 @@ def numerics(model: "LanguageModel", settings: DatasetSettings, hooks: list[str]
     )
 
 
-def _sequences_per_chunk(settings: DatasetSettings, corpus: Corpus, widths: list[int]) -> int:
-    """The largest power of two whose widest object stays within the target, and its chunk in memory."""
-    per_sequence, sequences = 2 * corpus.manifest.context, 1
+def sequences_per_chunk(settings: DatasetSettings, context: int, widths: list[int]) -> int:
+    """As the settings say, or the largest power of two whose widest object stays within the target, and its
+    chunk in memory.
+
+    Args:
+        context: rows of a sequence, at most.
+        widths: of the hook points.
+
+    Raises:
+        ConfigError: an object would be too large.
+    """
+    sequences = settings.sequences_per_chunk or _fitting(settings, 2 * context, widths)
+    largest = sequences * context * 2 * max(widths)
+    if largest >= MAX_CREATE_BYTES - 1024:
+        raise ConfigError(
+            f"dataset.sequences_per_chunk: {sequences} makes objects of {largest / 2**20:.0f} MiB; "
+            "they must stay under 64 MiB"
+        )
+    return sequences
+
+
+def _fitting(settings: DatasetSettings, per_sequence: int, widths: list[int]) -> int:
+    sequences = 1
     while 2 * sequences * per_sequence * max(widths) <= TARGET_OBJECT_BYTES:
         chunk, largest = (2 * sequences * per_sequence * d for d in (sum(widths), max(widths)))
         if bytes_held(chunk, largest, 1) > settings.memory_bytes:
@@ -167,6 +189,26 @@ def first_sequence(settings: DatasetSettings, corpus: Corpus) -> int:
     Raises:
         ConfigError: an earlier dataset is not there or is of another corpus, or nothing is left.
     """
+    at = f"which is at {corpus.store.url}; a dataset of another corpus needs no dataset.after"
+    first = end_of_earlier(settings, corpus.manifest.digest, at)
+    if first >= corpus.manifest.n_sequences:
+        raise ConfigError(
+            f"dataset.after: the datasets before it use all {corpus.manifest.n_sequences} sequences of the "
+            "corpus; make a corpus of other text and a dataset of that"
+        )
+    return first
+
+
+def end_of_earlier(settings: DatasetSettings, digest: str, hint: str) -> int:
+    """Where the last of the datasets in `dataset.after` ends; 0 without any.
+
+    Args:
+        digest: of the corpus, which must be theirs, too.
+        hint: what to say after naming both.
+
+    Raises:
+        ConfigError: one is not there or is of another corpus.
+    """
     ends = [0]
     for url in settings.after:
         try:
@@ -177,18 +219,12 @@ def first_sequence(settings: DatasetSettings, corpus: Corpus) -> int:
                 return load_manifest(open_store(settings.url)).corpus.first_sequence
             except ObjectMissing:
                 raise ConfigError(f"dataset.after: no dataset at {url}; make it first") from error
-        if there.digest != corpus.manifest.digest:
+        if there.digest != digest:
             raise ConfigError(
                 f"dataset.after: {url} is of the corpus {there.digest[:12]} ({there.description}) and not of "
-                f"{corpus.manifest.digest[:12]}, which is at {corpus.store.url}; a dataset of another corpus "
-                "needs no dataset.after"
+                f"{digest[:12]}, {hint}"
             )
         ends.append(there.end)
-    if max(ends) >= corpus.manifest.n_sequences:
-        raise ConfigError(
-            f"dataset.after: the datasets before it use all {corpus.manifest.n_sequences} sequences of the "
-            "corpus; make a corpus of other text and a dataset of that"
-        )
     return max(ends)
 
 

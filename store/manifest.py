@@ -15,6 +15,9 @@ from penstock.store.layout import FORMAT_VERSION, MANIFEST
 from penstock.store.objects import ObjectStore
 from penstock.store.records import encode_record
 
+LANGUAGE_MODEL, TOY, OWN = "language-model", "toy", "own"
+"""What `source.kind` can be: which made the rows."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -31,6 +31,7 @@ from penstock.store.layout import (
 from penstock.store.objects import ObjectStore
 from penstock.store.records import decode_record
 from penstock.store.retention import newest_floor
+from penstock.store.truth import truth_faults
 
 GUARDED_FOLDERS = ("readers/", "detached/", "floor/", "quarantine/")
 
@@ -104,6 +105,9 @@ def dataset_faults(dataset: Dataset, on_chunk: Callable[[int], None] = lambda in
     yield from guarded_faults(store, kept)
     yield from _provenance_faults(store, provenance)
     yield from _gaps(store, kept)
+    for problem, restore in truth_faults(dataset):
+        remedy = "restores it from its copy" if restore else "cannot help: its copy is gone, too"
+        yield Fault(problem, remedy, restore)
     specs = dataset_arrays(dataset.manifest)
     yield from _zarr_faults(store, ARRAYS, specs)
     try:

@@ -95,7 +95,7 @@ def evaluate(
         keep = ~torch.isin(tokens, special)
         captured = model.activations(tokens, list(hooks))
         for hook, tally in hooks.items():
-            _add_hook(tally, captured[hook].float().cpu()[keep])
+            add_hook(tally, captured[hook].float().cpu()[keep])
             tally.zero += _cross_entropy(model, tokens, keep, hook, torch.zeros_like)
         for sae_tally in tallies.values():
             rows = captured[sae_tally.hook_name].float().cpu()[keep]
@@ -145,7 +145,8 @@ def density(fired: Tensor, rows: int) -> dict[str, Any]:
     }
 
 
-def _add_hook(tally: HookTally, rows: Tensor) -> None:
+def add_hook(tally: HookTally, rows: Tensor) -> None:
+    """Add rows [n, D] to a hook point's sums."""
     exact = rows.double()
     tally.rows += len(rows)
     tally.total = exact.sum(0) if tally.total is None else tally.total + exact.sum(0)

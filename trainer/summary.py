@@ -4,7 +4,6 @@ from itertools import accumulate
 from typing import Any
 
 from penstock.common.errors import UserError
-from penstock.store.corpus import Corpus
 from penstock.store.dataset import Dataset
 from penstock.store.heads import Head, chain, newest_head
 from penstock.store.joined import JoinedDataset
@@ -25,15 +24,19 @@ def summarise(
     runs: ObjectStore,
     config: RunConfig,
     data: JoinedDataset,
-    corpus: Corpus,
-    evaluation: dict[str, Any],
+    evaluation: dict[str, Any] | None,
     evaluate_seconds: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary and the metric history of a run.
 
     `loss`, `l0` and `dead_features` of an SAE are those of its last training window, the same that
     /metrics shows; `explained_variance` and `ce_recovered` are on held-out text.
+
+    Args:
+        evaluation: as `evaluate` and `evaluate_rows` give it; None if nothing is held out. What it does not
+            tell is null.
     """
+    evaluation = evaluation or {"saes": {}, "controls": {}}
     head = last_head(runs, config)
     heads = chain(runs, config.run_id, head)
     history = load_history(runs, config.run_id, head)
@@ -59,7 +62,7 @@ def summarise(
             "chunks": data.n_chunks,
             "bytes": sum(part.n_chunks * part.manifest.chunk_bytes() for part in data.parts),
             "hooks": _hooks(data),
-            "context": corpus.manifest.context,
+            "context": data.parts[0].manifest.context,
             "corpus": "; ".join(dict.fromkeys(part.manifest.corpus.description for part in data.parts)),
             "parts": [{"url": part.url, "digest": part.manifest.digest} for part in data.parts],
         },
@@ -93,7 +96,7 @@ def summarise(
 
 def _sae(config: RunConfig, head: Head, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
     settings = next(sae for sae in config.settings.saes if sae.name == name)
-    figures, held_out = head.metrics[name], dict(evaluation["saes"][name])
+    figures, held_out = head.metrics[name], dict(evaluation["saes"].get(name, {}))
     entry = {
         "name": name,
         "hook_name": settings.hook_name,
@@ -105,9 +108,9 @@ def _sae(config: RunConfig, head: Head, name: str, evaluation: dict[str, Any]) -
         "loss": figures["loss"],
         "l0": figures["l0"],
         "dead_features": int(figures["dead_features"]),
-        "explained_variance": held_out["explained_variance"],
-        "ce_recovered": held_out["ce_recovered"],
-        "density": held_out.pop("density"),
+        "explained_variance": held_out.get("explained_variance"),
+        "ce_recovered": held_out.get("ce_recovered"),
+        "density": held_out.pop("density", None),
         "held_out": held_out,
         "weights_sha256": head.checkpoint[f"sae/{name}"].sha256,
     }

@@ -1,0 +1,86 @@
+"""What a run is evaluated on: held-out text, held-out toy data, or nothing, as its dataset has it."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from penstock.common.errors import ConfigError, ModelError, UserError
+from penstock.common.settings import parse
+from penstock.deploy.config import Config
+from penstock.store.manifest import LANGUAGE_MODEL
+from penstock.store.truth import Truth, load_truth
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from penstock.store.joined import JoinedDataset
+    from penstock.trainer.config import RunConfig
+    from penstock.trainer.sae import SAE
+
+LoadSAEs = Callable[[], "dict[str, SAE]"]
+Progress = Callable[[int, int], None]
+
+
+def evaluate_run(
+    config: Config, run: "RunConfig", data: "JoinedDataset", load: LoadSAEs, progress: Progress
+) -> dict[str, Any] | None:
+    """Figures of a run's SAEs as `summarise` takes them; None if nothing is held out of its dataset.
+
+    Args:
+        load: gives the SAEs by name; they take raw activations.
+        progress: called with held-out sequences done and in all.
+    """
+    first = data.parts[0]
+    if first.manifest.source.kind == LANGUAGE_MODEL:
+        return _on_text(config, run, load, progress)
+    truth = load_truth(first)
+    return None if truth is None else _on_toy(config, run, truth, load, progress)
+
+
+def _on_text(config: Config, run: "RunConfig", load: LoadSAEs, progress: Progress) -> dict[str, Any]:
+    from penstock.common.model.files import find_model
+    from penstock.common.model.language_model import LanguageModel
+    from penstock.store.corpus import open_corpus
+    from penstock.trainer.evaluate import evaluate
+
+    corpus = open_corpus(config.corpus.url)
+    if corpus.manifest.digest not in [pin.corpus_digest for pin in run.datasets]:
+        raise ConfigError(
+            f"corpus.url: {config.corpus.url} is not a corpus of run {run.run_id}; its digest differs"
+        )
+    files = find_model(config.model)
+    if files.weights_sha256() != run.datasets[0].weights_sha256:
+        raise ModelError(
+            f"model.name: the weights of {files.name} differ from those that run {run.run_id} was trained on"
+        )
+    # nothing here needs to be bit-identical: use the whole machine
+    model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
+    hook_of = {sae.name: sae.hook_name for sae in run.settings.saes}
+    saes = {name: (hook_of[name], sae) for name, sae in load().items()}
+    return evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
+
+
+def _on_toy(
+    config: Config, run: "RunConfig", truth: Truth, load: LoadSAEs, progress: Progress
+) -> dict[str, Any]:
+    import torch
+
+    from penstock.producer.toy import Toy, ToySettings
+    from penstock.trainer.evaluate_rows import evaluate_rows
+
+    # those of the dataset, not of the config: it may be another one by now
+    toy = Toy(parse(ToySettings, truth.settings, "the ground truth"))
+    if toy.truth.digest != truth.digest:
+        raise UserError(
+            "the ground truth was made by another version of penstock: nothing can be held out of it"
+        )
+    n = config.evaluation.sequences
+
+    def held_out() -> "Iterator[dict[str, Tensor]]":
+        for sequence in range(n):
+            rows = toy.rows(sequence, held_out=True)
+            # rounded as what they were trained on
+            yield {hook: torch.from_numpy(acts).bfloat16().float() for hook, acts in rows.items()}
+
+    hooks = {sae.name: sae.hooks for sae in run.settings.saes}
+    saes = {name: (hooks[name], sae) for name, sae in load().items()}
+    return evaluate_rows(saes, held_out(), lambda done: progress(done, n))
