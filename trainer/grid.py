@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import Field, ValidationError
 
@@ -73,8 +73,8 @@ def expand_grid(entries: object, frame: GridFrame | None = None) -> list[SAESett
         where = f"grid[{number}]"
         if not isinstance(entry, Mapping):
             raise ValueError(f"{where}: must be a mapping of an SAE's settings")
-        choices, own = _choices(dict(entry), where)
-        kinds = _kinds(choices, where)
+        kinds = _kinds(entry, where)
+        choices, own = _choices(dict(entry), kinds, where)
         total += sum(math.prod(len(v) for k, v in choices.items() if _takes(kind, k)) for kind in kinds)
         if total > MAX_SAES:
             raise ValueError(f"{where}: makes {total} SAEs; at most {MAX_SAES} fit a run: give fewer values")
@@ -88,7 +88,9 @@ def expand_grid(entries: object, frame: GridFrame | None = None) -> list[SAESett
     return list(found.values())
 
 
-def _choices(entry: dict[str, Any], where: str) -> tuple[dict[str, list[Any]], GridFrame | None]:
+def _choices(
+    entry: dict[str, Any], kinds: list[str], where: str
+) -> tuple[dict[str, list[Any]], GridFrame | None]:
     """Setting -> its values, and what is relative to what."""
     frame = None
     if (told := entry.pop("relative_to", None)) is not None:
@@ -101,7 +103,18 @@ def _choices(entry: dict[str, Any], where: str) -> tuple[dict[str, list[Any]], G
     for other, plain in _ALTERNATIVES.items():
         if other in entry and plain in entry:
             raise ValueError(f"{where}: {other} and {plain} say the same; give one of them")
-    return {key: _values(value, f"{where}: {key}") for key, value in entry.items()}, frame
+    choices = {}
+    for key, value in entry.items():
+        one = [value] if isinstance(value, list) and _is_list_of_its_own(key, value, kinds) else value
+        choices[key] = _values(one, f"{where}: {key}")
+    return choices, frame
+
+
+def _is_list_of_its_own(key: str, value: list[Any], kinds: list[str]) -> bool:
+    """Whether a list is one value: of a setting that takes lists, and not a list of those."""
+    fields = (KINDS[kind].Settings.model_fields.get(key) for kind in kinds)
+    takes_lists = any(field is not None and get_origin(field.annotation) is list for field in fields)
+    return takes_lists and not all(isinstance(item, list) for item in value)
 
 
 def _values(value: object, where: str) -> list[Any]:
@@ -139,24 +152,22 @@ def _range(told: Mapping[str, Any], where: str) -> list[float]:
     return [_Ranged(f"{_RANGES[way[0]] ** exponent:.6g}") for exponent in exponents]
 
 
-def _kinds(choices: dict[str, list[Any]], where: str) -> list[str]:
+def _kinds(entry: Mapping[str, Any], where: str) -> list[str]:
     """The entry's architectures; refuses what none of them has."""
-    architectures = choices.get("architecture")
-    if architectures is None:
+    if "architecture" not in entry:
         raise ValueError(f"{where}: architecture: missing; it must be given")
+    architectures = _values(entry["architecture"], f"{where}: architecture")
     for name in architectures:
         if not isinstance(name, str) or name not in KINDS:
             known = ", ".join(sorted(KINDS))
             raise ValueError(f"{where}: architecture: {one_line(str(name), 60)!r} is not one of {known}")
-    known = {*_ALTERNATIVES, "relative_to"} | {
-        f for a in architectures for f in KINDS[a].Settings.model_fields
-    }
+    known = {*_ALTERNATIVES, "relative_to"} | {f for a in architectures for f in KINDS[a].Settings.model_fields}
     known -= {f for f in _ALTERNATIVES if _ALTERNATIVES[f] not in known}
-    for key in choices:
+    for key in entry:
         if key not in known:
             hint = nearest(str(key), known) or f" Known: {', '.join(sorted(known))}."
             raise ValueError(f"{where}: {one_line(str(key), 60)}: unknown setting.{hint}")
-    return list(architectures)
+    return architectures
 
 
 def _takes(kind: str, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def convergence(checkpoints: Sequence[Mapping[str, Tensor]]) -> dict[str, list[f
         checkpoints: name -> directions, oldest first.
     """
     names = checkpoints[-1].keys() if checkpoints else ()
-    pairs = list(zip(checkpoints, checkpoints[1:], strict=False))
+    pairs = list(pairwise(checkpoints))
     return {name: [mmcs(later[name], earlier[name]) for earlier, later in pairs] for name in names}
 
 
