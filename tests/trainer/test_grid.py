@@ -33,15 +33,15 @@ class TestExpansion:
             {
                 "architecture": "standard",
                 "hook_name": "toy",
-                "alpha": {"ln": [-2, 2], "n": 17},
+                "alpha": {"log10": [-2, 2], "n": 17},
                 "size_ratio": {"log2": [-2, 5], "n": 8},
                 "relative_to": FRAME,
             }
         )
         assert len(made) == len({sae.name for sae in made}) == 136
         assert {sae.d_sae for sae in made} == {128 << e for e in range(8)}
-        assert [sae.name for sae in made][:2] == ["standard-a0.1353-r0.25", "standard-a0.1353-r0.5"]
-        expected = math.exp(-8 / 4) * 256 / 128 * math.sqrt(256 / (5 / 3))
+        assert [sae.name for sae in made][:2] == ["standard-a0.01-r0.25", "standard-a0.01-r0.5"]
+        expected = 0.01 * 256 / 128 * math.sqrt(256 / (5 / 3))
         first = made[0]
         assert isinstance(first, StandardSettings)
         assert first.l1_coefficient == pytest.approx(expected, rel=1e-5)
