@@ -32,7 +32,7 @@ class RunSettings(Settings):
     saes: list[AnySettings] = Field(min_length=1)
     """The SAEs; each window is read once and every SAE steps on it."""
     grid: list[dict[str, Any]] = Field([], exclude=True)
-    """Entries that stand for many SAEs: settings of an SAE, each one value, a list or a range (docs/sweeps.md)."""
+    """Entries that stand for many SAEs: settings, each a value, a list or a range (docs/sweeps.md)."""
     batch_rows: int = Field(4096, ge=1)
     """Rows per step (B)."""
     window_chunks: int | None = Field(None, ge=1)

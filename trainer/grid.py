@@ -159,9 +159,11 @@ def _kinds(entry: Mapping[str, Any], where: str) -> list[str]:
     architectures = _values(entry["architecture"], f"{where}: architecture")
     for name in architectures:
         if not isinstance(name, str) or name not in KINDS:
-            known = ", ".join(sorted(KINDS))
-            raise ValueError(f"{where}: architecture: {one_line(str(name), 60)!r} is not one of {known}")
-    known = {*_ALTERNATIVES, "relative_to"} | {f for a in architectures for f in KINDS[a].Settings.model_fields}
+            there = ", ".join(sorted(KINDS))
+            raise ValueError(f"{where}: architecture: {one_line(str(name), 60)!r} is not one of {there}")
+    known = {*_ALTERNATIVES, "relative_to"} | {
+        f for a in architectures for f in KINDS[a].Settings.model_fields
+    }
     known -= {f for f in _ALTERNATIVES if _ALTERNATIVES[f] not in known}
     for key in entry:
         if key not in known:

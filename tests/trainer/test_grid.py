@@ -146,7 +146,7 @@ def test_alpha_is_the_penalty_of_the_report() -> None:
 
     acts = torch.relu(x @ W_enc)
     reconstruction = acts @ (W_dec / W_dec.norm(dim=1, keepdim=True))
-    (((x - reconstruction) ** 2).mean() + alpha * acts.sum(dim=1).mean() / d_sae).backward()  # type: ignore[no-untyped-call]
+    (((x - reconstruction) ** 2).mean() + alpha * acts.sum(dim=1).mean() / d_sae).backward()
     sae.training_pass(x * scale, x * scale, Schedule(0, 1), None).loss.backward()  # type: ignore[no-untyped-call]
 
     factor = d_in * scale**2

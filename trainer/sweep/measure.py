@@ -191,9 +191,7 @@ def _places(members: Sequence[_Member], records: Sequence[Record]) -> list[Place
             record["penalty"], value = axis, _short(record[axis])
         varied = {"name", "seed", "d_sae", "init_from", *PENALTIES}
         same = json.dumps(member.settings.model_dump(mode="json", exclude=varied), sort_keys=True)
-        places.append(
-            Place(member.key, (same, penalty), value, member.settings.d_sae, member.settings.seed)
-        )
+        places.append(Place(member.key, (same, penalty), value, member.settings.d_sae, member.settings.seed))
     return places
 
 
