@@ -122,17 +122,21 @@ class Repair:
         self._say(f"{self._config.corpus.url}: {count} objects packed again")
 
     def _make_chunks(self, url: str, found: list[Fault]) -> None:
-        from penstock.store.manifest import load_manifest
+        from penstock.store.manifest import OWN, load_manifest
         from penstock.store.writer import DatasetWriter
 
         chunks = sorted({fault.chunk for fault in found if fault.chunk is not None})
         if not chunks:
             return
-        plan, make_source = open_source(self._config)
         store = open_store(url)
+        there = load_manifest(store)
+        if there.source.kind == OWN:
+            raise ConfigError(
+                f"{url}: only what stored its rows can make them again: store_rows(…, check=True)"
+            )
+        plan, make_source = open_source(self._config)
         if url != self._config.dataset.url:
             # an earlier part, which a run reads besides: model and corpus are all that its chunks follow from
-            there = load_manifest(store)
             if (there.source, there.corpus.digest) != (plan.source, plan.corpus.digest):
                 raise ConfigError(
                     f"{url} was made from another model or corpus: call `penstock repair` with the config "

@@ -10,7 +10,7 @@ import redis
 from penstock.common.errors import PenstockError
 from penstock.common.redis import Client, RedisSettings, connect
 from penstock.deploy.config import Config
-from penstock.deploy.state import State, read_state
+from penstock.deploy.state import State, has_text, read_state
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,6 +89,8 @@ class Progress:
 
     def _harvest(self, state: State) -> str:
         if state.planned is None:
+            if not has_text(self._config):
+                return "starting"
             return "corpus ready, loading the model" if state.corpus_sequences else "building the corpus"
         rate = self._rate("harvest", state.committed_rows)
         left = (state.rows - state.committed_rows) / rate if rate else None

@@ -21,7 +21,8 @@ def imported(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["objects", "dataset", "corpus", "commits", "index", "order", "manifest", "lookup", "joined"]
+    "module",
+    ["objects", "dataset", "corpus", "commits", "index", "order", "manifest", "lookup", "joined", "truth"],
 )
 def test_the_store_is_light(module: str) -> None:
     assert imported(f"import penstock.store.{module}") == []
@@ -37,6 +38,10 @@ def test_a_notebook_reads_rows_without_waiting_for_torch(tmp_path: Path) -> None
         "assert dataset.context(int(found.sequence[0]), 2).tokens[2] == 3"
     )
     assert imported(code) == []
+
+
+def test_making_toy_data_and_rows_of_ones_own_wants_no_torch() -> None:
+    assert imported("import penstock.producer.toy_source, penstock.producer.own") == []
 
 
 def test_the_queue_wants_redis_alone() -> None:
