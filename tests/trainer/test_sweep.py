@@ -172,7 +172,7 @@ class TestPage:
             "loss": math.nan,
         }
         made = render_sweep([bare], {}, ABOUT | {"true_features": None})
-        assert "known features" not in made.html
+        assert "known features</strong>" not in made.html
         assert rows_of(made.files["frontier.csv"])[0]["measured"] == "in training"
 
     def test_the_same_input_gives_the_same_bytes(self) -> None:
