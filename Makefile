@@ -1,6 +1,5 @@
 # Every target sets itself up in .venv; nothing but Python 3.11+, make and a package index is needed.
 PYTHON ?= python3
-WORKDIR ?= demo
 KILLS ?= 30
 SEED ?= 0
 STORE ?= local
@@ -34,10 +33,10 @@ help:
 install: .venv/installed
 
 demo: .venv/installed
-	$(BIN)/penstock run examples/demo.yaml --workdir $(WORKDIR)
+	$(BIN)/penstock run examples/demo.yaml --workdir $(or $(WORKDIR),demo)
 
 toy: .venv/installed
-	$(BIN)/penstock sweep examples/toy.yaml --workdir $(WORKDIR)
+	$(BIN)/penstock sweep examples/toy.yaml --workdir $(or $(WORKDIR),toy)
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not services"
