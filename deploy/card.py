@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from penstock.common.errors import UserError
 from penstock.deploy.card_plot import histogram
 from penstock.store.dataset import Dataset, open_dataset
-from penstock.store.layout import ARRAYS, POSITION, SEQUENCE, TOKENS, acts_array, chunk_key
-from penstock.store.manifest import Manifest
+from penstock.store.layout import ARRAYS, POSITION, SEQUENCE, TOKENS, TRUTH, acts_array, chunk_key
+from penstock.store.manifest import LANGUAGE_MODEL, OWN, TOY, Manifest
 from penstock.store.statistics import HookStatistics, Statistics, measure_statistics
 
 NOT_STATED = "not stated"
@@ -74,13 +74,14 @@ def _card(
     dataset: Dataset, statistics: Statistics, licences: Licences, plots: dict[str, Path]
 ) -> Iterator[str]:
     manifest = dataset.manifest
-    title = f"Activations of {_cell(manifest.source.name)}"
+    title = _TITLES.get(manifest.source.kind, "Activations of {}").format(_cell(manifest.source.name))
     yield from _front_matter(title, statistics.rows, licences)
     yield f"# {title}"
     yield ""
+    made = _MADE.get(manifest.source.kind, _MADE[OWN])
     yield (
-        f"{statistics.rows:,} rows at {len(manifest.hooks)} hook points: what the language model "
-        f"{_cell(manifest.source.name)} computes for each token of {_cell(manifest.corpus.description)}. "
+        f"{statistics.rows:,} rows at {len(manifest.hooks)} hook points: "
+        f"{made.format(_cell(manifest.source.name), _cell(manifest.corpus.description))}. "
         "Made with Penstock; readable by anything that reads Zarr v3."
     )
     yield ""
@@ -90,6 +91,14 @@ def _card(
     yield from _arrays(manifest)
     yield from _how_to_open(shown_url(dataset.url), manifest, statistics)
     yield from _limits(manifest, statistics)
+
+
+_TITLES = {TOY: "Toy activations"}
+_MADE = {
+    LANGUAGE_MODEL: "what the language model {} computes for each token of {}",
+    TOY: f"{{1}}. Rows are sparse sums of known features, which are in `{TRUTH}`",
+    OWN: "made by {}; {}",
+}
 
 
 def _front_matter(title: str, rows: int, licences: Licences) -> Iterator[str]:
@@ -119,13 +128,28 @@ def _size_category(rows: int) -> str:
 
 def _facts(dataset: Dataset, statistics: Statistics, licences: Licences) -> Iterator[str]:
     manifest = dataset.manifest
-    source, corpus, numerics = manifest.source, manifest.corpus, manifest.numerics
     yield "| | |"
     yield "|---|---|"
+    origin = _text_facts if manifest.source.kind == LANGUAGE_MODEL else _other_facts
     for name, value in {
         "dataset": f"`{shown_url(dataset.url)}`",
         "digest of its manifest": f"`{manifest.digest}`",
         "licence": licences.dataset or NOT_STATED,
+        **origin(manifest, licences),
+        "rows": f"{statistics.rows:,} of {manifest.total_rows:,} planned",
+        "chunks": f"{statistics.chunks:,} of {manifest.n_chunks:,}, up to {manifest.rows_per_chunk:,} rows",
+        "size": f"{statistics.stored_bytes / 1e6:,.1f} MB",
+        "values": f"bfloat16, codec `{manifest.codec}`, format version {manifest.format_version}",
+        **_numerics_facts(manifest),
+        "retention": manifest.retention,
+    }.items():
+        yield f"| {name} | {_cell(value)} |"
+    yield ""
+
+
+def _text_facts(manifest: Manifest, licences: Licences) -> dict[str, str]:
+    source, corpus = manifest.source, manifest.corpus
+    return {
         "model": f"{source.name}, revision {source.revision or NOT_STATED}",
         "digest of its weights": f"`{source.weights_sha256}`",
         "licence of the model": licences.model or NOT_STATED,
@@ -136,16 +160,28 @@ def _facts(dataset: Dataset, statistics: Statistics, licences: Licences) -> Iter
         "sequences": f"{corpus.n_sequences:,} of {corpus.context:,} tokens, BOS {corpus.bos}",
         "left out": "rows of special tokens" if source.drop_special else "nothing",
         "held out": f"documents with {corpus.held_out_rule}",
-        "rows": f"{statistics.rows:,} of {manifest.total_rows:,} planned",
-        "chunks": f"{statistics.chunks:,} of {manifest.n_chunks:,}, up to {manifest.rows_per_chunk:,} rows",
-        "size": f"{statistics.stored_bytes / 1e6:,.1f} MB",
-        "values": f"bfloat16, codec `{manifest.codec}`, format version {manifest.format_version}",
+    }
+
+
+def _other_facts(manifest: Manifest, licences: Licences) -> dict[str, str]:
+    source, corpus = manifest.source, manifest.corpus
+    what = "ground truth" if source.kind == TOY else "its name and version"
+    return {
+        "made by": f"{source.name}, version {source.revision or NOT_STATED}",
+        f"digest of the {what}": f"`{source.weights_sha256}`",
+        "rows that belong together": f"{corpus.context:,}",
+        "held out": corpus.held_out_rule,
+    }
+
+
+def _numerics_facts(manifest: Manifest) -> dict[str, str]:
+    numerics = manifest.numerics
+    if manifest.source.kind != LANGUAGE_MODEL:
+        return {"computed with": numerics.libraries}
+    return {
         "computed with": f"{numerics.compute_dtype}, {numerics.attention} attention, torch {numerics.torch}, "
-        f"{numerics.libraries}, threads {numerics.threads}, {numerics.device}",
-        "retention": manifest.retention,
-    }.items():
-        yield f"| {name} | {_cell(value)} |"
-    yield ""
+        f"{numerics.libraries}, threads {numerics.threads}, {numerics.device}"
+    }
 
 
 def _cell(text: str) -> str:
@@ -200,13 +236,17 @@ def _arrays(manifest: Manifest) -> Iterator[str]:
     yield "| array | type | |"
     yield "|---|---|---|"
     yield f"| `{acts_array('<hook point>')}` | bfloat16, two dimensions | activations |"
-    yield f"| `{TOKENS}` | int32 | the row's token id |"
-    yield f"| `{SEQUENCE}` | int64 | the corpus sequence it is from; −1 marks unused rows at a chunk's end |"
+    text = manifest.source.kind == LANGUAGE_MODEL
+    token = "the row's token id" if text else "0"
+    yield f"| `{TOKENS}` | int32 | {token} |"
+    of = "corpus sequence" if text else "sequence"
+    yield f"| `{SEQUENCE}` | int64 | the {of} it is from; −1 marks unused rows at a chunk's end |"
     yield f"| `{POSITION}` | int32 | its place in that sequence |"
     yield ""
     yield (
-        "Rows are permuted within each chunk, and sequences over the whole corpus. A chunk counts only if "
-        "`commits/` has a record of it: one that does not exist reads as zeros through any Zarr reader."
+        f"Rows are permuted within each chunk{', and sequences over the whole corpus' if text else ''}. "
+        "A chunk counts only if `commits/` has a record of it: one that does not exist reads as zeros through "
+        "any Zarr reader."
     )
     yield ""
 
@@ -269,17 +309,18 @@ def _kvstore(array: str) -> str:
 def _limits(manifest: Manifest, statistics: Statistics) -> Iterator[str]:
     yield "## What to know"
     yield ""
+    if manifest.source.kind == LANGUAGE_MODEL:
+        yield (
+            "- Activations are derived from the model and the text: the licences of both may say what may be "
+            "done with them."
+        )
+        yield (
+            "- Where a row's document was cut, its context begins in the middle of a text; a sequence may "
+            "hold parts of several documents."
+        )
     yield (
-        "- Activations are derived from the model and the text: the licences of both may say what may be "
-        "done with them."
-    )
-    yield (
-        "- Where a row's document was cut, its context begins in the middle of a text; a sequence may hold "
-        "parts of several documents."
-    )
-    yield (
-        "- Values are the model's rounded to bfloat16. What their bits depend on is listed above; another "
-        "machine may give other last bits."
+        "- Values are rounded to bfloat16. What their bits depend on is listed above"
+        + ("; another machine may give other last bits." if manifest.source.kind != TOY else ".")
     )
     if statistics.chunks < manifest.n_chunks:
         yield f"- This dataset is not complete: {statistics.chunks:,} of {manifest.n_chunks:,} chunks exist."

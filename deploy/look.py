@@ -11,6 +11,7 @@ from penstock.common.redis import Client, RedisSettings, connect
 from penstock.deploy.config import Config
 from penstock.deploy.state import embedded_redis_url, read_state
 from penstock.store.layout import MANIFEST, copy_key
+from penstock.store.manifest import LANGUAGE_MODEL, TOY
 from penstock.store.objects import ObjectStore, open_store
 
 
@@ -123,7 +124,10 @@ def _describe_dataset(url: str) -> Iterator[str]:
     committed = dataset.committed()
     moments, chunks = dataset.moments()
     yield f"  {len(committed)} of {manifest.n_chunks} chunks committed, {manifest.total_rows:,} rows planned"
-    yield f"  model {manifest.source.name}, weights {manifest.source.weights_sha256[:12]}"
+    source = manifest.source
+    what = {LANGUAGE_MODEL: "weights", TOY: "ground truth"}.get(source.kind, "version and its digest")
+    of = "model" if source.kind == LANGUAGE_MODEL else f"{source.kind}:"
+    yield f"  {of} {source.name}, {what} {source.weights_sha256[:12]}"
     for hook in manifest.hooks:
         line = f"  {hook.name}: d_in {hook.d_in}, {2 * hook.d_in * manifest.total_rows / 1e6:,.0f} MB"
         if hook.name in moments:

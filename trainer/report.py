@@ -155,7 +155,7 @@ def _tiles(summary: dict[str, Any], saes: list[dict[str, Any]]) -> list[tuple[st
         if not known:
             return label, MISSING, "not measured"
         top = max(known, key=lambda sae: sae["shown"][name])
-        where = "in training" if name in top["from_training"] else "held-out text"
+        where = "in training" if name in top["from_training"] else "held out"
         rank = "best, " if len(saes) > 1 else ""
         return label, percent(top["shown"][name]), f"{rank}{top.get('name')}, {where}"
 

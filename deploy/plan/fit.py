@@ -31,7 +31,7 @@ def fit(what: Resolved, plan: Plan, found: Probe | None) -> None:
     Raises:
         ConfigError, StoreError: naming the setting.
     """
-    config, gpu = what.config, what.model.device.type == "cuda"
+    config, gpu = what.config, what.language_model is not None and what.model.device.type == "cuda"
     trains_on_gpu = what.trainer_device.type == "cuda"
     _check_disk(what, plan)
     plan.processes = {"producer": config.producers}
@@ -75,6 +75,8 @@ def _producer_bytes(what: Resolved, found: Probe | None) -> int:
 
 
 def _model_bytes(what: Resolved) -> int:
+    if what.language_model is None:
+        return 0
     return sum(file.stat().st_size for file in what.model.files.weight_files())
 
 

@@ -9,6 +9,7 @@ estimated. Times come from a short probe (`probe.py`) and from how processes sha
 """
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.common.errors import ObjectMissing
@@ -46,6 +47,60 @@ def make_plan(
 
     keep_freed_memory()
     base_bytes, base_seconds = held_bytes(), time.process_time() - began
+    loaded = Loaded(base_bytes, base_seconds, time.process_time() - began)
+    plan = _plan_toy if config.toy is not None else _plan_text
+    made, hours = plan(config, loaded, probing, probe_store, say)
+    price(made, prices, hours, sum(run.epochs for run in config.runs))
+    return made
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A process that has loaded what a trainer needs: bytes and seconds; seconds since it was asked."""
+
+    bytes: int
+    seconds: float
+    took: float
+
+
+def _plan_toy(
+    config: Config, process: Loaded, probing: bool, probe_store: bool, say: Say
+) -> tuple[Plan, float | None]:
+    """Toy data have neither a model nor a corpus to be loaded or measured."""
+    from penstock.deploy.plan.fit import fit
+    from penstock.deploy.plan.resolved import Resolved
+    from penstock.deploy.plan.sizes import count
+    from penstock.producer.memory import store_threads
+    from penstock.producer.toy import Toy
+    from penstock.producer.toy_source import plan_toy
+
+    assert config.toy is not None
+    manifest, plan = plan_toy(config.dataset, Toy(config.toy)), Plan(config.dataset.url, estimated=False)
+    what = Resolved(
+        config=config,
+        manifest=manifest,
+        language_model=None,
+        tokens=None,
+        runs=_resolve(config, manifest, plan),
+        threads=store_threads(
+            manifest.chunk_bytes(), manifest.largest_object_bytes(), config.dataset.memory_bytes
+        ),
+        base_bytes=process.bytes,
+        base_seconds=process.seconds,
+        loading_seconds=0.0,
+        corpus_seconds=0.0,
+    )
+    count(what, plan, None)
+    fit(what, plan, None)
+    if probing:
+        plan.notes.append("times are not measured for toy data")
+    return plan, None
+
+
+def _plan_text(
+    config: Config, process: Loaded, probing: bool, probe_store: bool, say: Say
+) -> tuple[Plan, float | None]:
+    began = time.process_time()
     from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel
     from penstock.deploy.plan.fit import fit
@@ -73,15 +128,15 @@ def make_plan(
         what = Resolved(
             config=config,
             manifest=manifest,
-            model=model,
-            corpus=corpus,
+            language_model=model,
+            tokens=corpus,
             runs=runs,
             threads=store_threads(
                 manifest.chunk_bytes(), manifest.largest_object_bytes(), settings.memory_bytes
             ),
-            base_bytes=base_bytes,
-            base_seconds=base_seconds,
-            loading_seconds=loaded - began + planned - tokenised,
+            base_bytes=process.bytes,
+            base_seconds=process.seconds,
+            loading_seconds=process.took + loaded - began + planned - tokenised,
             corpus_seconds=corpus_seconds,
         )
         found, hours = None, None
@@ -102,8 +157,7 @@ def make_plan(
             fit(what, plan, found)
         elif manifest.codec != PLAIN:
             plan.notes.append("compression was not measured: bytes are the most that there can be")
-        price(plan, prices, hours, sum(run.settings.epochs for run in runs.values()))
-        return plan
+        return plan, hours
 
 
 def _resolve(config: Config, manifest: "Manifest", plan: Plan) -> "dict[str, RunConfig]":

@@ -20,7 +20,7 @@ class Resolved:
     """A config's dataset and runs, nothing of which needs to exist.
 
     Attributes:
-        corpus: the tokens; not necessarily all of them.
+        language_model, tokens: what the rows are made from, if not toy data; not necessarily all tokens.
         runs: by name.
         threads: objects stored at a time.
         base_bytes, base_seconds: of a process that has loaded what a trainer needs.
@@ -30,14 +30,24 @@ class Resolved:
 
     config: Config
     manifest: Manifest
-    model: LanguageModel
-    corpus: Corpus
+    language_model: LanguageModel | None
+    tokens: Corpus | None
     runs: dict[str, RunConfig]
     threads: int
     base_bytes: int
     base_seconds: float
     loading_seconds: float
     corpus_seconds: float
+
+    @property
+    def model(self) -> LanguageModel:
+        assert self.language_model is not None
+        return self.language_model
+
+    @property
+    def corpus(self) -> Corpus:
+        assert self.tokens is not None
+        return self.tokens
 
     @property
     def trainer_device(self) -> torch.device:

@@ -133,7 +133,11 @@ def count(what: Resolved, plan: Plan, found: Probe | None) -> None:
     acts = Size(sum(hook["bytes"] for hook in plan.hooks.values()), len(plan.hooks) * manifest.n_chunks)
     origins = Size(sum(sizes.values()), len(sizes)).times(manifest.n_chunks)
     metadata = metadata_size(manifest, len(what.runs), what.config.runs_url)
-    corpus = stored_size(what.corpus.store)
+    if what.config.toy is not None:
+        from penstock.producer.toy import Toy
+
+        metadata += Size(len(Toy(what.config.toy).truth.encode()), 1).times(2)
+    corpus = Size() if what.tokens is None else stored_size(what.tokens.store)
     if plan.estimated:
         share = manifest.corpus.n_sequences / what.corpus.manifest.n_sequences
         corpus = Size(int(corpus.bytes * share), int(corpus.objects * share))
