@@ -1,6 +1,5 @@
 # Every target sets itself up in .venv; nothing but Python 3.11+, make and a package index is needed.
 PYTHON ?= python3
-WORKDIR ?= demo
 KILLS ?= 30
 SEED ?= 0
 STORE ?= local
@@ -8,10 +7,11 @@ SOURCE ?= light
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo test interop test-services chaos check format bench clean
+.PHONY: help install demo toy test interop test-services chaos check format bench clean
 
 help:
 	@echo "make demo WORKDIR=dir   language model -> activations -> SAEs -> report, on this machine"
+	@echo "make toy WORKDIR=dir    a grid of SAEs on data whose features are known -> sweep.html, toy-summary.json"
 	@echo "make test               tests that need nothing but Python packages"
 	@echo "make interop            exports and imports against SAELens, dictionary_learning and sparsify"
 	@echo "make test-services      tests against servers and a browser from Debian packages"
@@ -33,7 +33,10 @@ help:
 install: .venv/installed
 
 demo: .venv/installed
-	$(BIN)/penstock run examples/demo.yaml --workdir $(WORKDIR)
+	$(BIN)/penstock run examples/demo.yaml --workdir $(or $(WORKDIR),demo)
+
+toy: .venv/installed
+	$(BIN)/penstock sweep examples/toy.yaml --workdir $(or $(WORKDIR),toy)
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not services"

@@ -166,6 +166,20 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
 
 
 @cli.command()
+@CONFIG
+@WORKDIR
+def sweep(config: str, workdir: str | None) -> None:
+    """Run a config, as `run` does, and compare all its dictionaries: sweep.html, CSV files, a summary."""
+    from penstock.deploy.sweep import best_lines
+    from penstock.deploy.sweep import sweep as run_sweep
+
+    code, records = run_sweep(_load(config, workdir), lambda what: click.echo(what, err=True))
+    for line in best_lines(records) if records else ():
+        click.echo(line)
+    sys.exit(code)
+
+
+@cli.command()
 @click.argument("run_url")
 @click.option(
     "--format",

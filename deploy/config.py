@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from penstock.common.errors import ConfigError
 from penstock.common.model.files import ModelSettings
@@ -78,6 +78,16 @@ class Config(Settings):
         """As JSON that `load_config` takes."""
         without = {"model", "corpus"} if self.toy is not None else set()
         return self.model_dump_json(indent=1, exclude=without) + "\n"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frame_grids(cls, data: Any) -> Any:
+        """Grids of toy data are relative to what these are made of."""
+        if not isinstance(data, dict) or "toy" not in data:
+            return data
+        from penstock.deploy.toy_grid import with_frames
+
+        return with_frames(data)
 
     @property
     def directory(self) -> Path:

@@ -240,7 +240,7 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     from penstock.deploy.evaluation import evaluate_run
     from penstock.trainer.config import load_run_config, open_pinned
     from penstock.trainer.load import load_saes, split_run_url
-    from penstock.trainer.report import render_report
+    from penstock.trainer.report import MANY, render_report
     from penstock.trainer.summary import last_head, summarise
 
     keep_freed_memory()
@@ -254,6 +254,10 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (out / "report.html").write_text(render_report(summary, history), encoding="utf-8")
+    if len(run.settings.saes) > MANY:
+        from penstock.deploy.sweep import write_sweep
+
+        write_sweep(runs, {run_id: out}, out, run_id)
     return summary
 
 

@@ -275,11 +275,15 @@ def _reports(config: Config, config_file: str) -> dict[str, list[str]]:
     """
     found = {}
     for number, (run_id, run) in enumerate(read_state(config).runs.items()):
-        out = config.directory / "reports" / run_id if number else config.directory
         if run.status == "done":
-            run_url = f"{config.runs_url}/{run_id}"
+            run_url, out = f"{config.runs_url}/{run_id}", report_folder(config, number, run_id)
             found[f"report-{run_id}"] = ["report", config_file, run_url, "--out", str(out)]
     return found
+
+
+def report_folder(config: Config, number: int, run_id: str) -> Path:
+    """Where the report of a config's run lies."""
+    return config.directory / "reports" / run_id if number else config.directory
 
 
 def _stop_all(children: list[Child], stop: threading.Event) -> None:

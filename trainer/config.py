@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from penstock.store.manifest import check_format
 from penstock.store.objects import ObjectStore
 from penstock.store.order import ReadingOrder, locate
 from penstock.store.retention import Reader, register_reader
+from penstock.trainer.grid import expand_grid
 from penstock.trainer.initial import InitialWeights, pin_initial, store_initial
 from penstock.trainer.kinds import LOSS_CONVENTION, AnySettings
 
@@ -30,6 +31,8 @@ class RunSettings(Settings):
     """URLs of the datasets read as one (paths are relative to workdir); none means the config's dataset."""
     saes: list[AnySettings] = Field(min_length=1)
     """The SAEs; each window is read once and every SAE steps on it."""
+    grid: list[dict[str, Any]] = Field([], exclude=True)
+    """Entries that stand for many SAEs: settings, each a value, a list or a range (docs/sweeps.md)."""
     batch_rows: int = Field(4096, ge=1)
     """Rows per step (B)."""
     window_chunks: int | None = Field(None, ge=1)
@@ -42,6 +45,19 @@ class RunSettings(Settings):
     """Seed of the order of windows' rows and of later epochs."""
     strict: bool = False
     """Bit-identical weights whatever is killed: one CPU thread, deterministic CUDA algorithms."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_grid(cls, data: Any) -> Any:
+        """A grid becomes SAEs here, so that nothing that is stored depends on how they were written."""
+        if not isinstance(data, dict) or not data.get("grid"):
+            return data
+        listed = data.get("saes", [])
+        return (
+            data | {"saes": [*listed, *expand_grid(data["grid"])], "grid": []}
+            if isinstance(listed, list)
+            else data
+        )
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

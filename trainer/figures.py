@@ -88,16 +88,16 @@ def curves(salt: str, alt: str, series: Sequence[Series], *, log_y: bool, unit_y
                 ax.plot(x, y, "o", color=series_color(s.color), markersize=4)
         if log_y:
             ax.set_yscale("log")
-            _log_view(ax.yaxis, min(values), max(values))
+            log_view(ax.yaxis, min(values), max(values))
         elif unit_y:
             low = -0.04 if cut_at_zero(values) else min(values) - 0.03
             ax.set_ylim(low, max(1.02, *values))
         else:
             ax.set_ylim(min(0.0, min(values)), max(values) * 1.12 if max(values) > 0 else 1.0)
-        _start_at_zero(ax, max(x for s in lines for x, _ in s.points))
+        start_at_zero(ax, max(x for s in lines for x, _ in s.points))
         ax.set_xlabel("rows trained")
 
-    return _draw(salt, alt, paint)
+    return draw(salt, alt, paint)
 
 
 def cut_at_zero(shares: Sequence[float]) -> bool:
@@ -139,7 +139,7 @@ def frontier(salt: str, alt: str, points: Sequence[tuple[Series, str]]) -> str:
         _name_points(ax, [s for s, _ in shown])
         ax.set_xlabel("L0, active features per row")
 
-    return _draw(salt, alt, paint)
+    return draw(salt, alt, paint)
 
 
 def density(
@@ -165,10 +165,10 @@ def density(
         decades = range(math.ceil(edges[0]), math.floor(edges[-1]) + 1, step)
         # The first decade's label would run into "never" when it sits on the very edge.
         labelled = [d for d in decades if d - edges[0] > 0.06 * span]
-        ax.set_xticks([apart, *labelled], ["never", *(_decade(d) for d in labelled)])
+        ax.set_xticks([apart, *labelled], ["never", *(decade(d) for d in labelled)])
         ax.set_xlabel("share of held-out rows on which a feature is active")
 
-    return _draw(salt, alt, paint)
+    return draw(salt, alt, paint)
 
 
 def flow(salt: str, alt: str, produced: Points, trained: Points) -> str:
@@ -190,11 +190,11 @@ def flow(salt: str, alt: str, produced: Points, trained: Points) -> str:
             if points:
                 x, y = zip(*sampled(points, MAX_POINTS), strict=True)
                 ax.plot([t / unit for t in x], y, color=color, drawstyle=style, linewidth=1.8)
-        _start_at_zero(ax, end / unit)
+        start_at_zero(ax, end / unit)
         ax.set_ylim(0, max(1.0, *(y for _, y in [*produced, *trained])) * 1.08)
         ax.set_xlabel(f"{name} since producing began")
 
-    return _draw(salt, alt, paint)
+    return draw(salt, alt, paint)
 
 
 def compact(value: float, _: object = None) -> str:
@@ -205,7 +205,7 @@ def compact(value: float, _: object = None) -> str:
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _draw(salt: str, alt: str, paint: "Callable[[Axes], None]") -> str:
+def draw(salt: str, alt: str, paint: "Callable[[Axes], None]") -> str:
     """Run `paint` on fresh axes and return them as one inline `<svg>` element named `alt`."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -276,11 +276,11 @@ def _linestyle(dash: int) -> "str | tuple[float, tuple[float, ...]]":
     return (0.0, pattern) if pattern else "solid"
 
 
-def _start_at_zero(ax: "Axes", end: float) -> None:
+def start_at_zero(ax: "Axes", end: float) -> None:
     ax.set_xlim(0, end * 1.015 if end > 0 else 1.0)
 
 
-def _log_view(axis: "Axis", low: float, high: float) -> None:
+def log_view(axis: "Axis", low: float, high: float) -> None:
     """Limits and ticks of a logarithmic axis over [low, high]."""
     margin = max((high / low) ** 0.06, 1.05)
     axis.set_view_interval(low / margin, high * margin, ignore=True)
@@ -334,7 +334,7 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _decade(exponent: int) -> str:
+def decade(exponent: int) -> str:
     """A power of ten as a share: 10⁻⁴, and 1 for all rows."""
     digits = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{digits}" if exponent else "1"

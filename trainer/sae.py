@@ -140,7 +140,9 @@ class SAE(nn.Module, ABC):
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         elif way == "data" and rows is not None:
             chosen = torch.randperm(len(rows), generator=generator)[: self.d_sae]
-            drawn[: len(chosen)] = rows[chosen] - (0 if bias is None else bias)
+            picked = rows[chosen] - (0 if bias is None else bias)
+            # a row of nothing, as sparse data has some, has no direction: that feature keeps a random one
+            drawn[: len(chosen)] = torch.where(picked.any(dim=1, keepdim=True), picked, drawn[: len(chosen)])
         norms = drawn.norm(dim=1, keepdim=True)
         drawn /= torch.where(norms > 0, norms, 1.0)
         self._start_encoder(drawn)

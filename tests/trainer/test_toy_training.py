@@ -124,7 +124,7 @@ def plain_loop() -> dict[str, Tensor]:
     decoder = torch.randn(FEATURES, 24, generator=generator)
     torch.nn.init.orthogonal_(decoder, generator=generator)
     decoder /= decoder.norm(dim=1, keepdim=True)
-    W_enc = decoder.T.clone().requires_grad_()
+    W_enc = (0.5 * decoder.T).requires_grad_()
     b_enc = torch.zeros(FEATURES, requires_grad=True)
     W_dec = decoder.clone().requires_grad_()
     adam = torch.optim.Adam([W_enc, b_enc, W_dec], lr=LR, fused=True)
@@ -141,6 +141,8 @@ def plain_loop() -> dict[str, Tensor]:
             LR * min(1.0, (step + 1) / WARMUP) * min(1.0, (total - step) / max(1.0, DECAY * total))
         )
         adam.step()
+        with torch.no_grad():
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
     return {
         "W_enc": W_enc.detach(),
         "b_enc": b_enc.detach(),
