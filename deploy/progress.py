@@ -20,6 +20,8 @@ LINE_SECONDS = 10.0
 """Pause between lines when the output is not a terminal."""
 LOOK_SECONDS = 1.0
 """Pause between looks at the store."""
+SHOWN = 8
+"""SAEs of a run that are shown with their figures; a grid has too many for any screen."""
 
 
 class Progress:
@@ -117,7 +119,9 @@ class Progress:
     def _line(self, state: State, workers: dict[str, dict[str, Any]]) -> str:
         parts = [f"{time.monotonic() - self._started:6.0f} s  harvest {self._harvest(state)}"]
         for run_id, (rows, total, figures, remark) in self._live_runs(state, workers).items():
-            losses = " ".join(f"{name}: loss {f['loss']:.3g} L0 {f['l0']:.0f}" for name, f in figures.items())
+            some = list(figures.items())[:SHOWN]
+            losses = " ".join(f"{name}: loss {f['loss']:.3g} L0 {f['l0']:.0f}" for name, f in some)
+            losses += f" and {len(figures) - SHOWN} more" if len(figures) > SHOWN else ""
             parts.append(f"{run_id} {self._pace(run_id, rows, total)} ({remark}) {losses}")
         return "  |  ".join([*parts, self.note] if self.note else parts)
 
@@ -147,7 +151,7 @@ class Progress:
             bar = ProgressBar(total=total or 1, completed=rows, width=30)
             stages.add_row(run_id, bar, f"{self._pace(run_id, rows, total)} ({remark})")
             backlog += max(0, state.runs[run_id].stored_rows - rows)
-            for name, f in figures.items():
+            for name, f in list(figures.items())[:SHOWN]:
                 saes.add_row(
                     name,
                     f"{f['loss']:.4g}",
@@ -155,6 +159,8 @@ class Progress:
                     f"{f['explained_variance']:.3f}",
                     f"{f['dead_features']:.0f}",
                 )
+            if len(figures) > SHOWN:
+                saes.add_row(f"and {len(figures) - SHOWN} more of {run_id}", "", "", "", "")
         stages.add_row("backlog", "", f"{backlog:,} rows stored and not yet trained on")
         if self.note:
             stages.add_row("now", "", self.note)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from penstock.producer.toy import READ, Toy, ToySettings
+from penstock.trainer.kinds import StandardSettings
 from penstock.trainer.methods.across import Place, convergence, mmcs_with_larger, seed_agreement
 from penstock.trainer.methods.matching import best_matching, matched_cosine
 from penstock.trainer.methods.similarity import duplicates, max_cosines, mmcs, unit_rows
 from penstock.trainer.methods.sparsity import basin, dead_after_minibatches, dead_after_rows, ssll
+from penstock.trainer.step import SAETraining
 
 
 def random(features: int, d: int = 256, seed: int = 0) -> Tensor:
@@ -58,7 +61,7 @@ class TestMMCS:
 class TestMatching:
     def test_it_is_the_best_there_is(self) -> None:
         random_ = np.random.default_rng(0)
-        for rows, columns in ((1, 1), (3, 3), (4, 6), (5, 5), (2, 7)):
+        for rows, columns in [(1, 1), (3, 3), (4, 6), (5, 5), (2, 7)] * 20:
             values = random_.normal(size=(rows, columns)).round(1)  # ties among them
             chosen = best_matching(values)
             assert len(set(chosen)) == rows
@@ -86,6 +89,32 @@ class TestMatching:
     def test_a_smaller_dictionary_is_matched_as_far_as_it_goes(self) -> None:
         truth = random(40, 32)
         assert matched_cosine(truth[10:20], truth) == pytest.approx(1, abs=1e-6)
+
+
+class TestStarts:
+    """At step 0, on toy data, where a row of nothing comes up now and then."""
+
+    def found(self, way: str) -> float:
+        toy = Toy(ToySettings(d_in=64, features=128, active=2.0, decay=1.0))
+        rows = torch.from_numpy(np.concatenate([toy.rows(n)[READ] for n in range(4)])).bfloat16()
+        assert (rows == 0).all(dim=1).any()
+        settings = StandardSettings(
+            architecture="standard",
+            name="a",
+            hook_name="toy",
+            d_sae=128,
+            l1_coefficient=0.1,
+            initialisation=way,  # type: ignore[arg-type]
+            decoder_bias="none",
+        )
+        training = SAETraining(64, settings, torch.device("cpu"))
+        training.initialise(rows)
+        return mmcs(training.sae.directions(), torch.from_numpy(toy.truth.features))
+
+    def test_rows_know_more_than_chance(self) -> None:
+        informed, orthogonal = self.found("data"), self.found("orthogonal")
+        assert orthogonal < 0.4
+        assert informed > orthogonal + 0.15
 
 
 def test_dead_features_by_both_windows() -> None:
