@@ -14,7 +14,7 @@ from penstock.common.errors import UserError
 from penstock.deploy.card_plot import histogram
 from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.layout import ARRAYS, POSITION, SEQUENCE, TOKENS, TRUTH, acts_array, chunk_key
-from penstock.store.manifest import LANGUAGE_MODEL, OWN, TOY, Manifest
+from penstock.store.manifest import OWN, TOY, Manifest
 from penstock.store.statistics import HookStatistics, Statistics, measure_statistics
 
 NOT_STATED = "not stated"
@@ -78,7 +78,7 @@ def _card(
     yield from _front_matter(title, statistics.rows, licences)
     yield f"# {title}"
     yield ""
-    made = _MADE.get(manifest.source.kind, _MADE[OWN])
+    made = _MADE.get(manifest.source.kind, "what the language model {} computes for each token of {}")
     yield (
         f"{statistics.rows:,} rows at {len(manifest.hooks)} hook points: "
         f"{made.format(_cell(manifest.source.name), _cell(manifest.corpus.description))}. "
@@ -95,7 +95,6 @@ def _card(
 
 _TITLES = {TOY: "Toy activations"}
 _MADE = {
-    LANGUAGE_MODEL: "what the language model {} computes for each token of {}",
     TOY: f"{{1}}. Rows are sparse sums of known features, which are in `{TRUTH}`",
     OWN: "made by {}; {}",
 }
@@ -130,7 +129,7 @@ def _facts(dataset: Dataset, statistics: Statistics, licences: Licences) -> Iter
     manifest = dataset.manifest
     yield "| | |"
     yield "|---|---|"
-    origin = _text_facts if manifest.source.kind == LANGUAGE_MODEL else _other_facts
+    origin = _text_facts if manifest.of_text else _other_facts
     for name, value in {
         "dataset": f"`{shown_url(dataset.url)}`",
         "digest of its manifest": f"`{manifest.digest}`",
@@ -170,13 +169,14 @@ def _other_facts(manifest: Manifest, licences: Licences) -> dict[str, str]:
         "made by": f"{source.name}, version {source.revision or NOT_STATED}",
         f"digest of the {what}": f"`{source.weights_sha256}`",
         "rows that belong together": f"{corpus.context:,}",
+        **({"licence of the model": licences.model} if licences.model else {}),
         "held out": corpus.held_out_rule,
     }
 
 
 def _numerics_facts(manifest: Manifest) -> dict[str, str]:
     numerics = manifest.numerics
-    if manifest.source.kind != LANGUAGE_MODEL:
+    if not manifest.of_text:
         return {"computed with": numerics.libraries}
     return {
         "computed with": f"{numerics.compute_dtype}, {numerics.attention} attention, torch {numerics.torch}, "
@@ -236,7 +236,7 @@ def _arrays(manifest: Manifest) -> Iterator[str]:
     yield "| array | type | |"
     yield "|---|---|---|"
     yield f"| `{acts_array('<hook point>')}` | bfloat16, two dimensions | activations |"
-    text = manifest.source.kind == LANGUAGE_MODEL
+    text = manifest.of_text
     token = "the row's token id" if text else "0"
     yield f"| `{TOKENS}` | int32 | {token} |"
     of = "corpus sequence" if text else "sequence"
@@ -245,8 +245,8 @@ def _arrays(manifest: Manifest) -> Iterator[str]:
     yield ""
     yield (
         f"Rows are permuted within each chunk{', and sequences over the whole corpus' if text else ''}. "
-        "A chunk counts only if `commits/` has a record of it: one that does not exist reads as zeros through "
-        "any Zarr reader."
+        "A chunk counts only if `commits/` has a record of it: one that does not exist reads as zeros "
+        "through any Zarr reader."
     )
     yield ""
 
@@ -309,7 +309,7 @@ def _kvstore(array: str) -> str:
 def _limits(manifest: Manifest, statistics: Statistics) -> Iterator[str]:
     yield "## What to know"
     yield ""
-    if manifest.source.kind == LANGUAGE_MODEL:
+    if manifest.of_text:
         yield (
             "- Activations are derived from the model and the text: the licences of both may say what may be "
             "done with them."

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from penstock.common.errors import ConfigError, ModelError, UserError
 from penstock.common.settings import parse
 from penstock.deploy.config import Config
-from penstock.store.manifest import LANGUAGE_MODEL
 from penstock.store.truth import Truth, load_truth
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def evaluate_run(
         progress: called with held-out sequences done and in all.
     """
     first = data.parts[0]
-    if first.manifest.source.kind == LANGUAGE_MODEL:
+    if first.manifest.of_text:
         return _on_text(config, run, load, progress)
     truth = load_truth(first)
     return None if truth is None else _on_toy(config, run, truth, load, progress)

@@ -11,7 +11,7 @@ from penstock.common.redis import Client, RedisSettings, connect
 from penstock.deploy.config import Config
 from penstock.deploy.state import embedded_redis_url, read_state
 from penstock.store.layout import MANIFEST, copy_key
-from penstock.store.manifest import LANGUAGE_MODEL, TOY
+from penstock.store.manifest import TOY
 from penstock.store.objects import ObjectStore, open_store
 
 
@@ -125,9 +125,11 @@ def _describe_dataset(url: str) -> Iterator[str]:
     moments, chunks = dataset.moments()
     yield f"  {len(committed)} of {manifest.n_chunks} chunks committed, {manifest.total_rows:,} rows planned"
     source = manifest.source
-    what = {LANGUAGE_MODEL: "weights", TOY: "ground truth"}.get(source.kind, "version and its digest")
-    of = "model" if source.kind == LANGUAGE_MODEL else f"{source.kind}:"
-    yield f"  {of} {source.name}, {what} {source.weights_sha256[:12]}"
+    if manifest.of_text:
+        yield f"  model {source.name}, weights {source.weights_sha256[:12]}"
+    else:
+        what = "ground truth" if source.kind == TOY else f"version {source.revision}, digest"
+        yield f"  rows of {source.name}, {what} {source.weights_sha256[:12]}"
     for hook in manifest.hooks:
         line = f"  {hook.name}: d_in {hook.d_in}, {2 * hook.d_in * manifest.total_rows / 1e6:,.0f} MB"
         if hook.name in moments:

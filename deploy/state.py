@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from penstock.common.errors import ObjectMissing
 from penstock.deploy.config import Config
-from penstock.store.manifest import LANGUAGE_MODEL
 from penstock.store.objects import open_store
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def has_text(config: Config) -> bool:
     from penstock.store.dataset import open_dataset
 
     try:
-        return open_dataset(config.dataset.url).manifest.source.kind == LANGUAGE_MODEL
+        return open_dataset(config.dataset.url).manifest.of_text
     except ObjectMissing:
         return True
 

@@ -108,6 +108,11 @@ class Manifest(_Part):
         return self.corpus.context
 
     @property
+    def of_text(self) -> bool:
+        """Whether the rows are a language model's on a corpus."""
+        return self.source.kind not in (TOY, OWN)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the manifest's bytes, hexadecimal."""
         return hashlib.sha256(self.encode()).hexdigest()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from penstock.common.errors import ConfigError
-from penstock.deploy.cli import main
 from penstock.deploy.config import load_config
 from penstock.deploy.plan.make import make_plan
 from penstock.deploy.plan.record import Prices
@@ -16,7 +15,7 @@ from penstock.producer.toy import Toy, ToySettings
 from penstock.store.dataset import open_dataset
 from penstock.store.truth import load_truth
 from penstock.trainer.load import load_sae
-from services.command import penstock, write_config
+from services.command import called, penstock, write_config
 from services.trees import tree_digests
 
 TOY: dict[str, Any] = {"d_in": 32, "features": 48, "active": 3.0, "rows_per_sequence": 64}
@@ -47,15 +46,6 @@ def toy_config(workdir: Path, **changes: Any) -> dict[str, Any]:
         "evaluation": {"sequences": 40},
         "redis": {"lease_seconds": 3.0},
     } | changes
-
-
-def called(*arguments: str) -> int:
-    """Exit code of a command, in this process."""
-    try:
-        main(list(arguments))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

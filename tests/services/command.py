@@ -85,6 +85,17 @@ def penstock(
     )
 
 
+def called(*arguments: str) -> int:
+    """Run a command in this process; its exit code."""
+    from penstock.deploy.cli import main
+
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
 def start(*arguments: str | Path, env: dict[str, str] | None = None) -> "subprocess.Popen[str]":
     """Start a command; the caller ends it."""
     return subprocess.Popen(
