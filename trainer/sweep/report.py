@@ -24,7 +24,7 @@ HEATMAPS = (
     ("dead_minibatches", "Dead features, 10 minibatches", "Not active in the last ten minibatches", True),
     ("reconstruction_loss", "Reconstruction loss", "Squared error of the last window; low is good", True),
     ("l1", "L1", "Mean sum of feature activations", True),
-    ("ssll", "SSLL", "Sum of scaled log losses: reconstruction and L1; low is good", False),
+    ("ssll", "SSLL", "Sum of scaled log losses: low where both are, and where L1 vanishes", False),
     ("ssll_weighted", "SSLL with λ", "The same with the L1 as the loss has it, times λ", False),
     ("mmcs_with_larger", "MMCS with larger", "How much of it larger dictionaries find again", False),
     ("seed_agreement", "Agreement between seeds", "MMCS with the same from other seeds", False),
@@ -114,7 +114,7 @@ def _heatmaps(family: Family, written: dict[str, str]) -> list[Card]:
     penalties, sizes = family.penalties, family.sizes
     if len(penalties) * len(sizes) < 2:
         return []
-    columns, names = [f"{value:g}" for value in penalties], family.size_names()
+    columns, names = _short_labels(penalties), family.size_names()
     axes = (_penalty_label(family), "features")
     cards = []
     for field, title, note, log in HEATMAPS:
@@ -170,7 +170,7 @@ def _basins(family: Family) -> list[str]:
             if found is not None:
                 first, last = known[found[0]][0], known[found[1]][0]
                 symbol = _penalty_label(family)
-                said.append(f"{name} features: {what} flat from {symbol} {first:g} to {last:g}")
+                said.append(f"{name} features: {what} flat from {symbol} {first:.2g} to {last:.2g}")
     return said
 
 
@@ -251,6 +251,12 @@ def _best_of_each_size(records: Sequence[Record]) -> list[Record]:
         known = [r for r in members if r["mmcs"] is not None and math.isfinite(r["mmcs"])]
         chosen.append(max(known, key=lambda r: r["mmcs"]) if known else middle)
     return chosen
+
+
+def _short_labels(values: Sequence[float]) -> list[str]:
+    """To two digits, where these tell them apart."""
+    labels = [f"{value:.2g}" for value in values]
+    return labels if len(set(labels)) == len(values) and max(values) < 100 else [f"{v:g}" for v in values]
 
 
 def _row(record: Record) -> list[str]:
