@@ -240,8 +240,7 @@ def report(config: Config, run_url: str, out: Path, progress: Callable[[int, int
     started = time.monotonic()
     # nothing here needs to be bit-identical: use the whole machine
     model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
-    hook_of = {sae.name: sae.hook_name for sae in run.settings.saes}
-    saes = {name: (hook_of[name], sae) for name, sae in load_saes(runs, run, head).items()}
+    saes = {name: (sae.settings.hooks, sae) for name, sae in load_saes(runs, run, head).items()}
     result = evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
     seconds = time.monotonic() - started
     summary, history = summarise(runs, run, data, corpus, result, seconds)

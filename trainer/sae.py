@@ -28,8 +28,10 @@ class SAE(nn.Module, ABC):
 
     Settings: ClassVar[type[SAESettings]]
     """Settings of this kind."""
-    from_saelens: str | None = None
-    """The SAELens architecture that is imported as this kind."""
+    from_saelens: tuple[str, ...] = ()
+    """SAELens architectures that are imported as this kind."""
+    subtracts_b_dec: bool = True
+    """Whether the encoder sees x − b_dec: not where b_dec belongs to another hook point."""
     in_units_of_rows: tuple[str, ...] = ("b_enc", "b_dec")
     """Tensors that grow in proportion to the rows, where those of W_dec have unit norm."""
     feature_axes: ClassVar[dict[str, int]] = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
@@ -63,9 +65,13 @@ class SAE(nn.Module, ABC):
         """Reconstructions [B, D] of feature activations [B, S]."""
         return feature_acts @ self.directions() + self.b_dec
 
+    def reconstruct(self, x: Tensor, feature_acts: Tensor) -> Tensor:
+        """Reconstructions [B, D_out] from activations [B, D] and their feature activations [B, S]."""
+        return self.decode(feature_acts)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstructions [B, D] of activations [B, D]."""
-        return self.decode(self.encode(x))
+        """Reconstructions [B, D_out] of activations [B, D]."""
+        return self.reconstruct(x, self.encode(x))
 
     @abstractmethod
     def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
@@ -78,7 +84,9 @@ class SAE(nn.Module, ABC):
         """
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        """(x − b_dec) W_enc + b_enc [B, S]."""
+        """(x − b_dec) W_enc + b_enc [B, S], or x W_enc + b_enc where b_dec is not subtracted."""
+        if not self.subtracts_b_dec:
+            return torch.addmm(self.b_enc, x, self.W_enc)
         if not torch.is_grad_enabled():
             return (x - self.b_dec) @ self.W_enc + self.b_enc
         # The same value, but b_dec gets its gradient through a vector: through x − b_dec autograd
@@ -101,7 +109,7 @@ class SAE(nn.Module, ABC):
         Drawn on the CPU, so that every device starts from the same weights.
 
         Args:
-            bias: [D] what b_dec starts at; None means zero.
+            bias: [D_out] what b_dec starts at; None means zero.
             rows: [R, D] scaled rows of the first window, for `initialisation: data`.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -113,7 +121,7 @@ class SAE(nn.Module, ABC):
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         elif way == "data" and rows is not None:
             chosen = torch.randperm(len(rows), generator=generator)[: self.d_sae]
-            drawn[: len(chosen)] = rows[chosen] - (0 if bias is None else bias)
+            drawn[: len(chosen)] = rows[chosen] - (bias if self.subtracts_b_dec and bias is not None else 0)
         norms = drawn.norm(dim=1, keepdim=True)
         drawn /= torch.where(norms > 0, norms, 1.0)
         self.W_enc.copy_(drawn.T)
@@ -142,7 +150,7 @@ class SAE(nn.Module, ABC):
         norms = torch.linalg.vector_norm(self.W_enc, dim=0)
         # far below the others': a new feature should not take over at once
         length = 0.2 * (norms * alive).sum() / alive.sum().clamp(min=1)
-        centred = rows - self.b_dec if self.d_in == self.d_out else rows
+        centred = rows - self.b_dec if self.subtracts_b_dec else rows
         self.W_enc[:, features] = nn.functional.normalize(centred, dim=1).T * length
         self.b_enc[features] = 0.0
 
@@ -196,12 +204,13 @@ class SAE(nn.Module, ABC):
         self.b_enc.copy_(self.b_enc.double() * factors)
 
     @torch.no_grad()
-    def start_from(self, other: Self, scale: float) -> None:
+    def start_from(self, other: Self, scale: float, scale_out: float | None = None) -> None:
         """Become another module of the same kind, so that training on x·scale starts at its function.
 
         Args:
             other: takes raw rows; rows of its W_dec have unit norm.
             scale: the run's input scale s. Feature activations are s times those of `other`.
+            scale_out: of the target, if that is another hook point.
         """
         there = other.state_dict()
         for name, tensor in self.state_dict().items():

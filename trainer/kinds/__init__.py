@@ -9,6 +9,7 @@ from pydantic import Field
 from penstock.trainer.kinds.base import Kind, SAESettings
 from penstock.trainer.kinds.standard import Standard, StandardSettings
 from penstock.trainer.kinds.topk import TopK, TopKSettings
+from penstock.trainer.kinds.transcoder import Transcoder, TranscoderSettings
 
 
 def architecture_of(kind: type[Kind]) -> str:
@@ -22,12 +23,13 @@ KINDS: dict[str, type[Kind]] = {
     for kind in (
         Standard,
         TopK,
+        Transcoder,
     )
 }
 """Architecture -> kind."""
 
 FROM_SAELENS: dict[str, type[Kind]] = {
-    kind.from_saelens: kind for kind in KINDS.values() if kind.from_saelens
+    theirs: kind for kind in KINDS.values() for theirs in kind.from_saelens
 }
 """SAELens architecture -> the kind that it becomes here."""
 
@@ -50,5 +52,6 @@ __all__ = [
     "SAESettings",
     "StandardSettings",
     "TopKSettings",
+    "TranscoderSettings",
     "architecture_of",
 ]

@@ -34,7 +34,7 @@ else:
     class Kind:
         """The methods that make a kind; `self` is an `SAE`."""
 
-        from_saelens = None
+        from_saelens = ()
 
 
 class SAESettings(Settings):

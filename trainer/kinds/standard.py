@@ -36,7 +36,7 @@ class Standard(Kind):
     """See the module."""
 
     Settings = StandardSettings
-    from_saelens = "standard"
+    from_saelens = ("standard",)
     settings: StandardSettings
 
     def encode(self, x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class TopK(Kind):
     """See the module."""
 
     Settings = TopKSettings
-    from_saelens = "topk"
+    from_saelens = ("topk",)
     settled = ("k",)
     settings: TopKSettings
 

@@ -1,0 +1,46 @@
+"""The auxiliary loss for dead features of kinds that keep the largest activations ("AuxK": Gao et al. 2024).
+
+    aux = mean_rows Σ_d (e − ê)²
+
+where e = x − x̂ (no gradient) and ê is its reconstruction by the `aux_k` strongest dead features of each row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from penstock.trainer.kinds.base import SAESettings, keep_top, squared_error, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from penstock.trainer.sae import SAE
+
+
+class AuxKSettings(SAESettings):
+    """Settings of the auxiliary loss."""
+
+    aux_k: int | None = Field(None, ge=1)
+    """Dead features that reconstruct the error; null means d_in / 2."""
+    aux_coefficient: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss."""
+
+
+def auxiliary_loss(sae: SAE, pre_acts: Tensor, dead: Tensor, error: Tensor, directions: Tensor) -> Tensor:
+    """Scalar `aux`, before its coefficient.
+
+    Args:
+        sae: its settings are `AuxKSettings`.
+        pre_acts: [B, S].
+        dead: [S] bool.
+        error: [B, D] what the live features leave of the target.
+        directions: [S, D] decoder rows of unit norm.
+    """
+    # the settings bound aux_k; fewer dead features than that fill up with zeros
+    aux_k = min(sae.settings.aux_k or sae.d_in // 2, pre_acts.shape[1])
+    dead_acts = keep_top(pre_acts.masked_fill(~dead, float("-inf")), aux_k)
+    aux = squared_error(error.detach() - dead_acts @ directions)
+    # early on the auxiliary loss can overflow; a step without it is better than none
+    return torch.nan_to_num(aux, nan=0.0, posinf=0.0)
