@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 from pydantic import Field
 
 from penstock.trainer.kinds.base import Kind, SAESettings
+from penstock.trainer.kinds.batchtopk import BatchTopK, BatchTopKSettings
 from penstock.trainer.kinds.standard import Standard, StandardSettings
 from penstock.trainer.kinds.topk import TopK, TopKSettings
 from penstock.trainer.kinds.transcoder import Transcoder, TranscoderSettings
@@ -23,6 +24,7 @@ KINDS: dict[str, type[Kind]] = {
     for kind in (
         Standard,
         TopK,
+        BatchTopK,
         Transcoder,
     )
 }
@@ -48,6 +50,7 @@ __all__ = [
     "KINDS",
     "LOSS_CONVENTION",
     "AnySettings",
+    "BatchTopKSettings",
     "Kind",
     "SAESettings",
     "StandardSettings",

@@ -37,6 +37,10 @@ else:
         from_saelens = ()
 
 
+SAME_NORM = 1e-5
+"""Relative difference in decoder rows' norms that is taken for rounding."""
+
+
 class SAESettings(Settings):
     """Settings that every kind has."""
 
@@ -117,3 +121,33 @@ def keep_top(values: Tensor, k: int) -> Tensor:
     """[B, S] with all but each row's k largest values set to zero, and negative ones too."""
     top = values.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(values).scatter_(-1, top.indices, torch.relu(top.values))
+
+
+def keep_top_of_batch(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Keep the B·k largest of [B, S], whatever rows they are in.
+
+    Returns:
+        [B, S] with all others set to zero, and negative ones too; and the smallest positive one kept,
+        infinity if there is none (scalar, no gradient).
+    """
+    top = values.flatten().topk(min(k, values.shape[1]) * len(values), sorted=False)
+    positive = torch.relu(top.values)
+    kept = torch.zeros_like(values).flatten().scatter_(0, top.indices, positive).view_as(values)
+    # the infinity among them is for batches where nothing is active, or that have no rows
+    found = positive.detach().masked_fill(positive.detach() <= 0, float("inf"))
+    return kept, torch.cat([found, found.new_full((1,), float("inf"))]).min()
+
+
+def refuse_many_norms(sae: SAE) -> None:
+    """For kinds that compare features' activations with each other.
+
+    Raises:
+        ValueError: rows of W_dec have several norms.
+    """
+    norms = torch.linalg.vector_norm(sae.W_dec.detach().double(), dim=1)
+    if norms.max() > norms.min() * (1 + SAME_NORM):
+        raise ValueError(
+            f"its decoder rows have norms of {norms.min():.4g} to {norms.max():.4g}, and it keeps "
+            "features by their activations alone (rescale_acts_by_decoder_norm is false); with rows of "
+            "unit norm, which training works on, others would be kept"
+        )

@@ -2,9 +2,9 @@
 sparse autoencoders").
 
     f = ReLU(TopK((x − b_dec) W_enc + b_enc)),   x̂ = f W_dec + b_dec
-    loss = mean_rows Σ_d (x − x̂)² + aux_coefficient · mean_rows Σ_d (e − ê)²
+    loss = mean_rows Σ_d (x − x̂)² + aux_coefficient · aux
 
-where e = x − x̂ (no gradient) and ê is its reconstruction by the `aux_k` strongest dead features.
+where aux is what `trainer/kinds/auxk.py` says.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
+from penstock.trainer.kinds.auxk import AuxKSettings, auxiliary_loss
 from penstock.trainer.kinds.base import (
     Kind,
-    SAESettings,
     Schedule,
     StepResult,
     keep_top,
+    refuse_many_norms,
     squared_error,
     torch,
 )
@@ -27,21 +28,14 @@ from penstock.trainer.kinds.foreign import Foreign, by_input, by_output, plain
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAME_NORM = 1e-5
-"""Relative difference in decoder rows' norms that is taken for rounding."""
 
-
-class TopKSettings(SAESettings):
+class TopKSettings(AuxKSettings):
     """TopK with AuxK."""
 
     architecture: Literal["topk"]
     """Kind of autoencoder."""
     k: int = Field(ge=1)
     """Features kept per row (L0)."""
-    aux_k: int | None = Field(None, ge=1)
-    """Dead features that reconstruct the error; null means d_in / 2."""
-    aux_coefficient: float = Field(1 / 32, ge=0)
-    """Weight of the auxiliary loss."""
 
 
 class TopK(Kind):
@@ -70,13 +64,7 @@ class TopK(Kind):
         components = {"mse": mse}
         loss = mse
         if dead is not None:
-            # the settings bound aux_k; fewer dead features than that fill up with zeros
-            aux_k = min(self.settings.aux_k or self.d_in // 2, self.d_sae)
-            dead_acts = keep_top(pre_acts.masked_fill(~dead, float("-inf")), aux_k)
-            aux_error = error.detach() - dead_acts @ directions
-            aux = squared_error(aux_error)
-            # early on the auxiliary loss can overflow; a step without it is better than none
-            aux = torch.nan_to_num(aux, nan=0.0, posinf=0.0)
+            aux = auxiliary_loss(self, pre_acts, dead, error, directions)
             components["aux"] = aux
             loss = loss + self.settings.aux_coefficient * aux
         active = (acts > 0).sum(dim=0, dtype=torch.int32)
@@ -112,11 +100,6 @@ class TopK(Kind):
         Args:
             ranked: features are ranked by activation times norm of their decoder row as it is.
         """
-        norms = torch.linalg.vector_norm(self.W_dec.detach().double(), dim=1)
-        if not ranked and norms.max() > norms.min() * (1 + SAME_NORM):
-            raise ValueError(
-                f"its decoder rows have norms of {norms.min():.4g} to {norms.max():.4g}, and it keeps "
-                "features by their activations alone (rescale_acts_by_decoder_norm is false); with rows of "
-                "unit norm, which training works on, others would be kept"
-            )
+        if not ranked:
+            refuse_many_norms(self)
         return super().normalise_decoder()

@@ -1,0 +1,114 @@
+"""BatchTopK autoencoder (Bussmann, Leask and Nanda 2024, "BatchTopK sparse autoencoders").
+
+    f = ReLU((x − b_dec) W_enc + b_enc), of which a batch of B rows keeps its B·k largest
+    x̂ = f W_dec + b_dec
+    loss = mean_rows Σ_d (x − x̂)² + aux_coefficient · aux
+
+where aux is what `trainer/kinds/auxk.py` says. What a row keeps in training depends on the rows beside it.
+`encode` does not: it keeps what is above one threshold, the smoothed smallest activation that training kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field
+
+from penstock.trainer.kinds.auxk import AuxKSettings, auxiliary_loss
+from penstock.trainer.kinds.base import (
+    Kind,
+    Schedule,
+    StepResult,
+    keep_top_of_batch,
+    refuse_many_norms,
+    squared_error,
+    torch,
+)
+from penstock.trainer.kinds.foreign import Foreign, by_input, by_output, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class BatchTopKSettings(AuxKSettings):
+    """BatchTopK with AuxK."""
+
+    architecture: Literal["batchtopk"]
+    """Kind of autoencoder."""
+    k: int = Field(ge=1)
+    """Features kept per row on average (L0)."""
+    threshold_decay: float = Field(0.99, ge=0, lt=1)
+    """Share of the inference threshold that stays in each step; the rest is the smallest activation kept."""
+
+
+class BatchTopK(Kind):
+    """See the module.
+
+    Attributes:
+        threshold: scalar buffer, of scaled rows; 0 before the first step.
+    """
+
+    Settings = BatchTopKSettings
+    settled = ("k",)
+    in_units_of_rows = ("b_enc", "b_dec", "threshold")
+    settings: BatchTopKSettings
+    threshold: Tensor
+
+    def __init__(self, d_in: int, settings: Any, d_out: int | None = None) -> None:
+        super().__init__(d_in, settings, d_out)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre_acts = self.pre_acts(x)
+        return torch.relu(pre_acts) * (pre_acts > self.threshold)
+
+    def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
+        pre_acts = self.pre_acts(x)
+        acts, smallest = keep_top_of_batch(pre_acts, self.settings.k)
+        self.follow(smallest)
+        directions = self.directions()
+        reconstruction = acts @ directions + self.b_dec
+        error = target - reconstruction
+        mse = squared_error(error)
+        components = {"mse": mse}
+        loss = mse
+        if dead is not None:
+            aux = auxiliary_loss(self, pre_acts, dead, error, directions)
+            components["aux"] = aux
+            loss = loss + self.settings.aux_coefficient * aux
+        active = (acts > 0).sum(dim=0, dtype=torch.int32)
+        return StepResult(loss, components, reconstruction, active)
+
+    def follow(self, smallest: Tensor) -> None:
+        """Move the threshold towards the smallest activation that a batch kept.
+
+        Args:
+            smallest: scalar; infinity if it kept none.
+        """
+        with torch.no_grad():
+            decay, old = self.settings.threshold_decay, self.threshold
+            found = smallest.to(old.dtype)
+            # the first one found is where it starts
+            new = torch.where(old > 0, decay * old + (1 - decay) * found, found)
+            old.copy_(torch.where(found.isfinite(), new, old))
+
+    def to_saelens(self) -> Foreign:
+        tensors = by_input(self) | {"threshold": plain(self.threshold.expand(self.d_sae))}
+        return Foreign("jumprelu", {}, tensors)
+
+    def to_dictionary_learning(self) -> Foreign:
+        tensors = by_output(self) | {
+            "decoder.weight": plain(self.directions().T),
+            "k": torch.tensor(self.settings.k, dtype=torch.int32),
+            "threshold": plain(self.threshold),
+        }
+        return Foreign("BatchTopKSAE", {"k": self.settings.k}, tensors)
+
+    def normalise_decoder(self) -> Self:
+        refuse_many_norms(self)
+        return super().normalise_decoder()
+
+    def _scale_features(self, factors: Tensor) -> None:
+        super()._scale_features(factors)
+        with torch.no_grad():
+            self.threshold.mul_(factors.mean())
