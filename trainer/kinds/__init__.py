@@ -8,7 +8,9 @@ from pydantic import Field
 
 from penstock.trainer.kinds.base import Kind, SAESettings
 from penstock.trainer.kinds.batchtopk import BatchTopK, BatchTopKSettings
+from penstock.trainer.kinds.matryoshka import Matryoshka, MatryoshkaSettings
 from penstock.trainer.kinds.standard import Standard, StandardSettings
+from penstock.trainer.kinds.switch import Switch, SwitchSettings
 from penstock.trainer.kinds.topk import TopK, TopKSettings
 from penstock.trainer.kinds.transcoder import Transcoder, TranscoderSettings
 
@@ -25,6 +27,8 @@ KINDS: dict[str, type[Kind]] = {
         Standard,
         TopK,
         BatchTopK,
+        Matryoshka,
+        Switch,
         Transcoder,
     )
 }
@@ -52,8 +56,10 @@ __all__ = [
     "AnySettings",
     "BatchTopKSettings",
     "Kind",
+    "MatryoshkaSettings",
     "SAESettings",
     "StandardSettings",
+    "SwitchSettings",
     "TopKSettings",
     "TranscoderSettings",
     "architecture_of",
