@@ -34,10 +34,13 @@ class SAE(nn.Module, ABC):
     """Whether the encoder sees x − b_dec: not where b_dec belongs to another hook point."""
     in_units_of_rows: tuple[str, ...] = ("b_enc", "b_dec")
     """Tensors that grow in proportion to the rows, where those of W_dec have unit norm."""
+    encoder_vectors: tuple[str, ...] = ("b_enc",)
+    """Parameters [S] of the encoder that are 0 in a feature at its start."""
     feature_axes: ClassVar[dict[str, int]] = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
-    """Parameter -> which of its dimensions counts features."""
+    """Parameter, if there is one of that name -> which of its dimensions counts features."""
     settled: tuple[str, ...] = ()
     """Settings that the function depends on besides the weights."""
+    b_enc: nn.Parameter
 
     def __init__(self, d_in: int, settings: Any, d_out: int | None = None) -> None:
         super().__init__()
@@ -46,7 +49,8 @@ class SAE(nn.Module, ABC):
         self.d_out = d_in if d_out is None else d_out
         self.d_sae = d_sae = int(settings.d_sae)
         self.W_enc = nn.Parameter(torch.empty(d_in, d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        for name in self.encoder_vectors:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
         self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.folded_scale: float | None = None
@@ -86,14 +90,24 @@ class SAE(nn.Module, ABC):
     def pre_acts(self, x: Tensor) -> Tensor:
         """(x − b_dec) W_enc + b_enc [B, S], or x W_enc + b_enc where b_dec is not subtracted."""
         if not self.subtracts_b_dec:
-            return torch.addmm(self.b_enc, x, self.W_enc)
+            return torch.addmm(self.b_enc, x, self.encoder())
+        return self.centred_product(x, self.b_enc)
+
+    def centred_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(x − b_dec) W_enc + bias [B, S]."""
+        encoder = self.encoder()
         if not torch.is_grad_enabled():
-            return (x - self.b_dec) @ self.W_enc + self.b_enc
+            product = (x - self.b_dec) @ encoder
+            return product if bias is None else product + bias
         # The same value, but b_dec gets its gradient through a vector: through x − b_dec autograd
         # would multiply a [B, S] by a [S, D] matrix only to sum the rows of the product.
         fixed = self.b_dec.detach()
-        bias = self.b_enc + (fixed - self.b_dec) @ self.W_enc.detach()
-        return torch.addmm(bias, x - fixed, self.W_enc)
+        shift = (fixed - self.b_dec) @ encoder.detach()
+        return torch.addmm(shift if bias is None else bias + shift, x - fixed, encoder)
+
+    def encoder(self) -> Tensor:
+        """[D, S] what rows are multiplied by."""
+        return self.W_enc
 
     def directions(self) -> Tensor:
         """[S, D] decoder rows of unit norm (of norm 1/scale once the scale is folded)."""
@@ -124,12 +138,17 @@ class SAE(nn.Module, ABC):
             drawn[: len(chosen)] = rows[chosen] - (bias if self.subtracts_b_dec and bias is not None else 0)
         norms = drawn.norm(dim=1, keepdim=True)
         drawn /= torch.where(norms > 0, norms, 1.0)
-        self.W_enc.copy_(drawn.T)
-        self.b_enc.zero_()
+        self._start_encoder(drawn)
+        for name in self.encoder_vectors:
+            self.get_parameter(name).zero_()
         self._start_decoder(drawn, generator)
         self.b_dec.zero_()
         if bias is not None:
             self.b_dec.copy_(bias)
+
+    def _start_encoder(self, directions: Tensor) -> None:
+        """Set W_enc. directions: [S, D] of unit norm."""
+        self.W_enc.copy_(directions.T)
 
     def _start_decoder(self, directions: Tensor, generator: torch.Generator) -> None:
         """Set W_dec. directions: [S, D] of unit norm, the encoder's."""
@@ -145,14 +164,19 @@ class SAE(nn.Module, ABC):
             targets: [n, D_out] what is to be reconstructed of them.
         """
         self.W_dec[features] = nn.functional.normalize(targets - self.b_dec, dim=1)
+        centred = rows - self.b_dec if self.subtracts_b_dec else rows
+        self._reset_encoder(features, nn.functional.normalize(centred, dim=1))
+        for name in self.encoder_vectors:
+            self.get_parameter(name)[features] = 0.0
+
+    def _reset_encoder(self, features: Tensor, directions: Tensor) -> None:
+        """Set columns of W_enc. directions: [n, D] of unit norm."""
         alive = torch.ones(self.d_sae, dtype=torch.bool, device=self.W_enc.device)
         alive[features] = False
         norms = torch.linalg.vector_norm(self.W_enc, dim=0)
         # far below the others': a new feature should not take over at once
         length = 0.2 * (norms * alive).sum() / alive.sum().clamp(min=1)
-        centred = rows - self.b_dec if self.subtracts_b_dec else rows
-        self.W_enc[:, features] = nn.functional.normalize(centred, dim=1).T * length
-        self.b_enc[features] = 0.0
+        self.W_enc[:, features] = directions.T * length
 
     def noise(self, like: Tensor, schedule: Schedule) -> Tensor:
         """Standard normal noise in the shape of a tensor: the same at the same step of any training."""
@@ -200,8 +224,9 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def _scale_features(self, factors: Tensor) -> None:
         """Multiply feature activations by factors [S] > 0, in the encoder; W_dec stays as it is."""
-        self.W_enc.copy_(self.W_enc.double() * factors)
-        self.b_enc.copy_(self.b_enc.double() * factors)
+        for name in ("W_enc", *(set(self.encoder_vectors) & set(self.in_units_of_rows))):
+            tensor = self.get_parameter(name)
+            tensor.copy_(tensor.double() * factors)
 
     @torch.no_grad()
     def start_from(self, other: Self, scale: float, scale_out: float | None = None) -> None:
@@ -258,6 +283,12 @@ class SAE(nn.Module, ABC):
             source: its tensors have been checked to be those that `to_saelens` gives, in their shapes.
         """
         self.load_state_dict(source.tensors)
+
+    @staticmethod
+    def centre(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Encoder biases of a dictionary that does not subtract b_dec, to be used in one that does."""
+        b_enc, b_dec, W_enc = (tensors[name].double() for name in ("b_enc", "b_dec", "W_enc"))
+        return {"b_enc": (b_enc + b_dec @ W_enc).float()}
 
 
 def build(d_in: int, settings: SAESettings, d_out: int | None = None) -> SAE:

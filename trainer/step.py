@@ -204,7 +204,8 @@ class SAETraining:
         features = dead[:n]
         self.sae.reset_features(features, x[drawn], target[drawn])
         for name, axis in self.sae.feature_axes.items():
-            state = self.optimizer.state.get(self._parameters[name], {})
+            parameter = self._parameters.get(name)
+            state = {} if parameter is None else self.optimizer.state.get(parameter, {})
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:
                     state[key].index_fill_(axis, features, 0.0)

@@ -175,7 +175,7 @@ def assemble(
     if not sae.subtracts_b_dec:
         _check_uncentred(config, where)
     elif not config.apply_b_dec_to_input:
-        tensors["b_enc"] = _uncentred(tensors, where)
+        tensors |= sae.centre(tensors)
     try:
         sae.adopt_saelens(Foreign(config.architecture, fields, tensors))
     except ValueError as error:
@@ -236,11 +236,3 @@ def _check_uncentred(config: _Config, where: str) -> None:
         )
     if config.d_out is None:
         raise UserError(f"{where}/{CONFIG}: d_out is missing")
-
-
-def _uncentred(tensors: dict[str, Tensor], where: str) -> Tensor:
-    """[S] encoder bias that makes up for b_dec being subtracted: b_enc + b_dec W_enc."""
-    if "b_enc" not in tensors:
-        raise UserError(f"{where}/{CONFIG}: apply_b_dec_to_input: false cannot be imported for its kind")
-    b_enc, b_dec, W_enc = (tensors[name].double() for name in ("b_enc", "b_dec", "W_enc"))
-    return (b_enc + b_dec @ W_enc).float()

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from penstock.trainer.kinds.base import Kind, SAESettings
 from penstock.trainer.kinds.batchtopk import BatchTopK, BatchTopKSettings
+from penstock.trainer.kinds.gated import Gated, GatedSettings
+from penstock.trainer.kinds.jumprelu import JumpReLU, JumpReLUSettings
 from penstock.trainer.kinds.matryoshka import Matryoshka, MatryoshkaSettings
 from penstock.trainer.kinds.standard import Standard, StandardSettings
 from penstock.trainer.kinds.switch import Switch, SwitchSettings
@@ -27,6 +29,8 @@ KINDS: dict[str, type[Kind]] = {
         Standard,
         TopK,
         BatchTopK,
+        Gated,
+        JumpReLU,
         Matryoshka,
         Switch,
         Transcoder,
@@ -55,6 +59,8 @@ __all__ = [
     "LOSS_CONVENTION",
     "AnySettings",
     "BatchTopKSettings",
+    "GatedSettings",
+    "JumpReLUSettings",
     "Kind",
     "MatryoshkaSettings",
     "SAESettings",
