@@ -14,7 +14,16 @@ from penstock.trainer.sae import SAE, build
 
 D, S, K, B = 12, 40, 5, 200
 SCALE = 0.37
-SETTINGS: dict[str, dict[str, Any]] = {"standard": {"l1_coefficient": 1.0}, "topk": {"k": K}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "standard": {"l1_coefficient": 1.0},
+    "topk": {"k": K},
+    "batchtopk": {"k": K},
+    "gated": {"l1_coefficient": 1.0},
+    "jumprelu": {"l0_target": K},
+    "matryoshka": {"k": K},
+    "switch": {"k": K, "experts": 4},
+    "transcoder": {"l1_coefficient": 1.0, "hook_out": "blocks.1.mlp.hook_out"},
+}
 """Settings that each kind needs; a new kind adds its own."""
 KINDS = sorted(SETTINGS)
 

@@ -169,12 +169,12 @@ def assemble(
     if k > config.d_sae:
         raise UserError(f"{where}/{CONFIG}: k is {k}, more than its d_sae of {config.d_sae}")
     sae.folded_scale = 1.0
+    if not sae.subtracts_b_dec:
+        _check_uncentred(config, where)
     tensors = _parse_weights(weights, f"{where}/{WEIGHTS}")
     _check_tensors(tensors, sae.to_saelens().tensors, f"{where}/{WEIGHTS}")
     tensors = {name: tensor.to(_type_of(config.dtype)).float() for name, tensor in tensors.items()}
-    if not sae.subtracts_b_dec:
-        _check_uncentred(config, where)
-    elif not config.apply_b_dec_to_input:
+    if sae.subtracts_b_dec and not config.apply_b_dec_to_input:
         tensors |= sae.centre(tensors)
     try:
         sae.adopt_saelens(Foreign(config.architecture, fields, tensors))

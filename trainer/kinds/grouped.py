@@ -40,16 +40,26 @@ class Groups:
     def product(self, values: Tensor, weights: Tensor) -> Tensor:
         """[B, m] each sorted row [B, n] times the matrix of its expert, of [E, n, m].
 
-        On the CPU one product per expert. On a GPU one grouped kernel, in bfloat16; where it does not take
-        the shape, every expert's product with all rows, of which its own are kept.
+        On the CPU in one product per expert. On a GPU, which is not to be waited for, by one grouped kernel,
+        in bfloat16; where it does not take the shape, by every expert's product with all rows.
         """
         if values.device.type == "cpu":
-            pieces = torch.split(values, self.counts.tolist())
-            return torch.cat([piece @ own for piece, own in zip(pieces, weights, strict=True)])
-        if fits_kernel(weights):
-            ends = self.counts.cumsum(0).to(torch.int32)
-            product: Tensor = torch.nn.functional.grouped_mm(values.bfloat16(), weights.bfloat16(), offs=ends)
-            return product
+            return self.one_by_one(values, weights)
+        return (self.by_kernel if fits_kernel(weights) else self.by_masks)(values, weights)
+
+    def one_by_one(self, values: Tensor, weights: Tensor) -> Tensor:
+        """`product`, where numbers of rows are at hand."""
+        pieces = torch.split(values, self.counts.tolist())
+        return torch.cat([piece @ own for piece, own in zip(pieces, weights, strict=True)])
+
+    def by_kernel(self, values: Tensor, weights: Tensor) -> Tensor:
+        """`product`, in bfloat16."""
+        ends = self.counts.cumsum(0).to(torch.int32)
+        product: Tensor = torch.nn.functional.grouped_mm(values.bfloat16(), weights.bfloat16(), offs=ends)
+        return product
+
+    def by_masks(self, values: Tensor, weights: Tensor) -> Tensor:
+        """`product`, E times as much work."""
         masks = (self.expert == expert for expert in range(len(weights)))
         parts = [(values * mask[:, None]) @ own for mask, own in zip(masks, weights, strict=True)]
         return torch.stack(parts).sum(dim=0)

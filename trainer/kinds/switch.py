@@ -135,9 +135,7 @@ class Switch(Kind):
 
     def _route(self, centred: Tensor) -> Routed:
         """Sort rows [B, D] less b_dec by their experts, and let these see them."""
-        # the centre is the decoder's; the router moves its own bias
-        given = centred + (self.b_dec - self.b_dec.detach())
-        probabilities = torch.softmax(given @ self.W_router + self.b_router, dim=1)
+        probabilities = torch.softmax(centred @ self.W_router + self.b_router, dim=1)
         probability, chosen = probabilities.max(dim=1, keepdim=True)
         groups = Groups.of(chosen[:, 0], probabilities.shape[1])
         experts = self.W_enc.view(self.d_in, -1, self.size).movedim(1, 0)[self.always_on :]
