@@ -29,7 +29,16 @@ from penstock.trainer.load import load_sae, load_saelens, split_run_url
 from penstock.trainer.sae import SAE
 
 HERE = Path(__file__).parent
-CANNOT: set[tuple[str, str]] = set()
+CANNOT: set[tuple[str, str]] = {
+    ("batchtopk", "sparsify"),
+    ("gated", "sparsify"),
+    ("jumprelu", "sparsify"),
+    ("matryoshka", "sparsify"),
+    ("switch", "dictionary-learning"),
+    ("switch", "saelens"),
+    ("switch", "sparsify"),
+    ("transcoder", "dictionary-learning"),
+}
 """Kinds and formats that docs/export.md says do not go together."""
 ROWS = 4096
 """Real activations that every dictionary is compared on."""

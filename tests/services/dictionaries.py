@@ -9,6 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from penstock.trainer import kinds as all_kinds
 from penstock.trainer.kinds import AnySettings, SAESettings
 from penstock.trainer.sae import SAE, build
 
@@ -26,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings that each kind needs; a new kind adds its own."""
 KINDS = sorted(SETTINGS)
+IMPORTED = [kind for kind in KINDS if all_kinds.KINDS[kind].from_saelens]
+"""Kinds that SAELens dictionaries become."""
 
 
 def settings_of(kind: str, **changes: Any) -> SAESettings:
@@ -42,6 +45,8 @@ def trained(kind: str, seed: int = 0) -> SAE:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for threshold in sae.buffers():
+            threshold.fill_(0.4)
     sae.fold_scale(SCALE)
     return sae.eval().requires_grad_(False)
 
@@ -70,20 +75,29 @@ def write_saelens(
         "b_enc": torch.randn(d_sae, generator=random),
         "W_dec": torch.randn(d_sae, d_in, generator=random) * lengths,
         "b_dec": torch.randn(d_in, generator=random),
-    } | (tensors or {})
+    }
+    if kind == "jumprelu":
+        made["threshold"] = torch.rand(d_sae, generator=random)
+    if kind == "gated":
+        made["b_gate"] = made.pop("b_enc")
+        made["b_mag"] = torch.randn(d_sae, generator=random)
+        made["r_mag"] = 0.3 * torch.randn(d_sae, generator=random)
+    made |= tensors or {}
     config = {
         "architecture": kind,
         "d_in": d_in,
         "d_sae": d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": kind != "transcoder",
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.54.0", "hook_name": "blocks.1.hook_out", "model_name": "m"},
     }
     if kind == "topk":
         config |= {"k": K, "rescale_acts_by_decoder_norm": False}
+    if kind == "transcoder":
+        config["d_out"] = d_in
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cfg.json").write_text(json.dumps(config | (fields or {})))
     safetensors.torch.save_file(made, directory / "sae_weights.safetensors")

@@ -27,7 +27,7 @@ from penstock.trainer.load import load_sae, load_saelens
 from penstock.trainer.sae import SAE
 from penstock.trainer.step import SAETraining
 from penstock.trainer.verify import remake_checkpoint
-from services.dictionaries import KINDS, D, K, S, rows, settings_of, write_saelens
+from services.dictionaries import IMPORTED, D, K, S, rows, settings_of, write_saelens
 from services.runs import Bench, digests, run_settings, standard, topk
 from services.synthetic import MLP, RESID
 from services.training import Killed, interrupted
@@ -36,8 +36,13 @@ from services.training import Killed, interrupted
 def encoded(fields: dict[str, Any], tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """Feature activations as SAELens computes them."""
     x = x - tensors["b_dec"] if fields.get("apply_b_dec_to_input", True) else x
+    if fields["architecture"] == "gated":
+        gate = x @ tensors["W_enc"] + tensors["b_gate"]
+        return (gate > 0) * (x @ (tensors["W_enc"] * tensors["r_mag"].exp()) + tensors["b_mag"]).relu()
     pre = x @ tensors["W_enc"] + tensors["b_enc"]
-    if fields.get("architecture") != "topk":
+    if fields["architecture"] == "jumprelu":
+        return pre.relu() * (pre > tensors["threshold"])
+    if fields["architecture"] != "topk":
         return pre.relu()
     if fields.get("rescale_acts_by_decoder_norm"):
         pre = pre * tensors["W_dec"].norm(dim=1)
@@ -60,6 +65,10 @@ class TestLoading:
             {"architecture": "topk", "rescale_acts_by_decoder_norm": True},
             {"architecture": "standard", "apply_b_dec_to_input": False},
             {"architecture": "topk", "apply_b_dec_to_input": False},
+            {"architecture": "gated"},
+            {"architecture": "gated", "apply_b_dec_to_input": False},
+            {"architecture": "jumprelu"},
+            {"architecture": "jumprelu", "apply_b_dec_to_input": False},
         ],
         ids=str,
     )
@@ -72,7 +81,7 @@ class TestLoading:
         torch.testing.assert_close(sae(x), decoded(fields, tensors, acts), rtol=1e-5, atol=1e-4)
         assert not any(parameter.requires_grad for parameter in sae.parameters())
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", IMPORTED)
     def test_plain_files_keep_their_bits(self, kind: str, tmp_path: Path) -> None:
         tensors = write_saelens(tmp_path / "x", kind)
         state = load_saelens(tmp_path / "x").state_dict()
@@ -81,7 +90,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("fields", [{}, {"apply_b_dec_to_input": False}], ids=str)
     @pytest.mark.parametrize("rescale", [False, True])
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", IMPORTED)
     def test_import_export_import_is_the_identity(
         self, kind: str, rescale: bool, fields: dict[str, Any], tmp_path: Path
     ) -> None:
@@ -217,8 +226,8 @@ class TestStartingFrom:
 
     @pytest.mark.parametrize(
         ("kind", "fields"),
-        [("standard", {}), ("topk", {"rescale_acts_by_decoder_norm": True})],
-        ids=["standard", "topk"],
+        [("standard", {}), ("topk", {"rescale_acts_by_decoder_norm": True}), ("gated", {}), ("jumprelu", {})],
+        ids=["standard", "topk", "gated", "jumprelu"],
     )
     def test_the_first_step_starts_from_exactly_that_function(
         self, kind: str, fields: dict[str, Any], tmp_path: Path
@@ -233,7 +242,7 @@ class TestStartingFrom:
         assert (started - expected).abs().max() < 1e-6 * expected.abs().max()
         torch.testing.assert_close(training.sae.W_dec.norm(dim=1), torch.ones(S))
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", IMPORTED)
     def test_ours_comes_back_as_it_was(self, kind: str, tmp_path: Path) -> None:
         """An export taken up again on the same rows has the weights it had."""
         x = rows()
@@ -241,7 +250,8 @@ class TestStartingFrom:
         training.initialise(x.bfloat16())
         with torch.no_grad():
             training.sae.W_enc.add_(0.1)
-            training.sae.b_enc.sub_(0.2)
+            for name in training.sae.encoder_vectors:
+                training.sae.get_parameter(name).sub_(0.2)
         before = {name: p.detach().clone() for name, p in training.sae.named_parameters()}
         training.sae.fold_scale(training.scale)
         export_sae(training.sae, tmp_path / "x", "saelens")

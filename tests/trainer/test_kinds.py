@@ -37,7 +37,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 """Every kind, and settings with which it has other parameters or computes otherwise."""
 FOREIGN_GRADIENTS = {"gated", "jumprelu"}
-"""Kinds whose gradients are not those of their loss, by design: their own tests say what they are."""
+"""Kinds whose gradients are not those of their loss, by design: test_gradients.py says what they are."""
 BY_BATCH = {"batchtopk", "matryoshka"}
 """Kinds that keep other features in training than afterwards."""
 
@@ -49,6 +49,8 @@ def over(variants: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
 
 
 each = over(VARIANTS)
+others = over([variant for variant in VARIANTS if variant[1] or variant[0] == "transcoder"])
+"""What test_kinds_training.py does not train, which has one hook point and every kind's own defaults."""
 
 
 def small(kind: str, changes: dict[str, Any], **more: Any) -> SAESettings:
@@ -186,7 +188,7 @@ def test_a_folded_module_takes_raw_rows(
     torch.testing.assert_close(norms / trained.directions().norm(dim=1), torch.full_like(norms, 1 / out))
 
 
-@each
+@others
 def test_decoder_directions_keep_unit_norm(kind: str, changes: dict[str, Any]) -> None:
     training = begun(small(kind, changes))
     for step in range(10):
@@ -198,7 +200,7 @@ def test_decoder_directions_keep_unit_norm(kind: str, changes: dict[str, Any]) -
     assert torch.equal(again.sae.directions(), training.sae.directions())
 
 
-@each
+@others
 @pytest.mark.parametrize("resampling", [None, 640], ids=["", "resampling"])
 def test_a_restored_training_is_bit_identical(
     kind: str, changes: dict[str, Any], resampling: int | None

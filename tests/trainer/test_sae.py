@@ -1,13 +1,15 @@
 """The modules: what they compute, what their losses pull on, and that nothing is lost in storing them."""
 
 import math
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from penstock.trainer.kinds import SAESettings, StandardSettings, TopKSettings
+from penstock.trainer.kinds import AnySettings, SAESettings, StandardSettings, TopKSettings
 from penstock.trainer.kinds.base import Schedule
 from penstock.trainer.sae import SAE, build
 
@@ -15,7 +17,7 @@ START = Schedule(0, 100)
 D, S, B = 6, 20, 9
 
 
-def standard_settings(**changes: float) -> StandardSettings:
+def standard_settings(**changes: Any) -> StandardSettings:
     base = {"d_sae": S, "l1_coefficient": 0.7, "l1_warmup_steps": 0}
     return StandardSettings.model_validate(
         {"name": "a", "architecture": "standard", "hook_name": "h"} | base | changes
@@ -29,7 +31,19 @@ def topk_settings(**changes: float) -> TopKSettings:
     )
 
 
-KINDS = [standard_settings(), topk_settings()]
+def settings_of(architecture: str, **changes: Any) -> SAESettings:
+    settings = {"name": "a", "architecture": architecture, "hook_name": "h", "d_sae": S} | changes
+    adapter: TypeAdapter[SAESettings] = TypeAdapter(AnySettings)
+    return adapter.validate_python(settings)
+
+
+KINDS = [
+    standard_settings(),
+    topk_settings(),
+    settings_of("batchtopk", k=4),
+    settings_of("gated", l1_coefficient=0.7, l1_warmup_steps=0),
+    settings_of("jumprelu", l0_coefficient=0.7, l0_warmup_steps=0),
+]
 
 
 def made(settings: SAESettings, seed: int = 1) -> SAE:
@@ -41,8 +55,21 @@ def made(settings: SAESettings, seed: int = 1) -> SAE:
     with torch.no_grad():
         sae.W_dec.mul_(torch.linspace(0.1, 5, settings.d_sae, dtype=torch.float64)[:, None])
         sae.W_enc.add_(0.3 * torch.randn(sae.W_enc.shape, generator=generator, dtype=torch.float64))
-        sae.b_enc.add_(0.3 * torch.randn(sae.b_enc.shape, generator=generator, dtype=torch.float64))
+        for name in sae.encoder_vectors:
+            vector = sae.get_parameter(name)
+            vector.add_(0.3 * torch.randn(vector.shape, generator=generator, dtype=torch.float64))
+        if "threshold" in sae.state_dict():
+            sae.state_dict()["threshold"].fill_(0.3)
     return sae
+
+
+def in_training(sae: SAE, x: Tensor) -> Tensor:
+    """Feature activations that training works with."""
+    if sae.architecture != "batchtopk":
+        return sae.encode(x)
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    smallest = pre.flatten().sort(descending=True).values[4 * B - 1]
+    return pre.relu() * (pre >= smallest)
 
 
 def rows(seed: int = 2) -> Tensor:
@@ -65,16 +92,18 @@ def test_decoder_directions_have_unit_norm_in_the_forward_pass(settings: SAESett
     torch.testing.assert_close(sae.directions().norm(dim=1), torch.ones(S, dtype=torch.float64))
     torch.testing.assert_close(sae.decode(acts), expected)
     torch.testing.assert_close(sae(x), expected)
-    torch.testing.assert_close(sae.training_pass(x, x, START, None).reconstruction, expected)
+    found = sae.training_pass(x, x, START, None).reconstruction
+    torch.testing.assert_close(found, sae.decode(in_training(sae, x)))
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=lambda s: s.architecture)
 def test_losses_are_summed_over_dims_and_averaged_over_rows(settings: SAESettings) -> None:
     sae, x = made(settings), rows()
+    acts = in_training(sae, x)
+    again = sae.decode(acts)
     result = sae.training_pass(x, x, START, None)
-    errors = [number(((x[i] - sae(x[i : i + 1])[0]) ** 2).sum()) for i in range(B)]
+    errors = [number(((x[i] - again[i]) ** 2).sum()) for i in range(B)]
     assert number(result.components["mse"]) == pytest.approx(sum(errors) / B)
-    acts = sae.encode(x)
     assert result.active.tolist() == [int((acts[:, s] > 0).sum()) for s in range(S)]
 
 
@@ -92,25 +121,6 @@ def test_the_initial_encoder_is_the_decoders_transpose() -> None:
     assert torch.equal(again.W_dec, sae.W_dec)
     assert not torch.equal(other.W_dec, sae.W_dec)
     assert not other.b_dec.any()
-
-
-@pytest.mark.parametrize("settings", KINDS, ids=lambda s: s.architecture)
-def test_gradients_are_those_of_the_formula(settings: SAESettings) -> None:
-    """Also of b_dec, which takes part in encoding and decoding."""
-    x = rows()
-    mine, plain = made(settings), made(settings)
-    mine.training_pass(x, x, START, None).loss.backward()  # type: ignore[no-untyped-call]
-    pre = (x - plain.b_dec) @ plain.W_enc + plain.b_enc
-    if isinstance(settings, TopKSettings):
-        kept = torch.zeros_like(pre).scatter(1, pre.topk(settings.k, dim=1).indices, 1.0)
-        acts, penalty = pre.clamp(min=0) * kept, torch.zeros(())
-    else:
-        acts = pre.clamp(min=0)
-        penalty = 0.7 * acts.sum() / B
-    again = acts @ (plain.W_dec / plain.W_dec.norm(dim=1, keepdim=True)) + plain.b_dec
-    (((x - again) ** 2).sum() / B + penalty).backward()
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(mine.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
 class TestStandard:
@@ -153,6 +163,237 @@ class TestStandard:
         pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         torch.testing.assert_close(sae.encode(x), pre.clamp(min=0))
         assert (pre < 0).any()
+
+    def test_the_reports_loss_has_the_same_gradient_up_to_one_factor(self) -> None:
+        """The report: mean over rows and dims of the squared error, and α · mean over rows of Σ|f| / S."""
+        alpha, x = 0.3, rows()
+        mine, report = made(standard_settings(l1_coefficient=alpha * D / S)), made(standard_settings())
+        mine.training_pass(x, x, START, None).loss.backward()  # type: ignore[no-untyped-call]
+        acts = report.encode(x)
+        loss = ((x - report.decode(acts)) ** 2).mean() + alpha * acts.abs().sum(dim=1).mean() / S
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in report.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(mine.get_parameter(name).grad, D * parameter.grad)
+
+    @pytest.mark.parametrize("power", [0.1, 0.5, 0.9])
+    def test_the_lp_penalty_is_finite_where_nothing_is_active(self, power: float) -> None:
+        sae = build(D, standard_settings(penalty_power=power, penalty_epsilon=1e-3, l1_coefficient=1.0))
+        sae.initialise(0, None)
+        x = torch.zeros(4, D)
+        result = sae.training_pass(x, x, START, None)
+        assert number(result.components["penalty"]) == pytest.approx(S * 1e-3**power, rel=1e-5)
+        for tiny in (0.0, 1e-30):
+            sae.zero_grad()
+            with torch.no_grad():
+                sae.b_enc.fill_(tiny)
+            sae.training_pass(x, x, START, None).loss.backward()  # type: ignore[no-untyped-call]
+            for parameter in sae.parameters():
+                assert parameter.grad is not None
+                assert parameter.grad.isfinite().all()
+        assert sae.b_enc.grad is not None
+        torch.testing.assert_close(sae.b_enc.grad, torch.full((S,), power * 1e-3 ** (power - 1)))
+
+    def test_the_lp_penalty_prefers_one_feature_to_two(self) -> None:
+        penalties = {}
+        for power in (1.0, 0.5):
+            sae = build(1, standard_settings(d_sae=2, penalty_power=power, l1_coefficient=1.0))
+            for split in ([2.0, 0.0], [1.0, 1.0]):
+                with torch.no_grad():
+                    sae.W_enc.copy_(torch.tensor([split]))
+                    sae.W_dec.fill_(1.0)
+                result = sae.training_pass(torch.ones(1, 1), torch.ones(1, 1), START, None)
+                penalties[power, split[1]] = number(result.loss) - number(result.components["mse"])
+        assert penalties[1.0, 0.0] == penalties[1.0, 1.0] == 2
+        assert penalties[0.5, 0.0] < 0.75 * penalties[0.5, 1.0]
+
+    def test_free_decoder_rows_weight_the_penalty_by_their_norms(self) -> None:
+        sae, x = made(standard_settings(decoder_norm="free")), rows()
+        result = sae.training_pass(x, x, START, None)
+        acts = sae.encode(x)
+        torch.testing.assert_close(result.reconstruction, acts @ sae.W_dec + sae.b_dec)
+        l1 = number((acts * sae.W_dec.norm(dim=1)).sum()) / B
+        assert number(result.components["l1"]) == pytest.approx(l1)
+        assert number(result.loss) == pytest.approx(number(result.components["mse"]) + 0.7 * l1)
+
+    def test_with_free_decoder_rows_the_loss_does_not_depend_on_where_norms_are(self) -> None:
+        """Norms moved into the encoder are the same function, and the same loss: that of unit norm."""
+        free, unit_norm, x = made(standard_settings(decoder_norm="free")), made(standard_settings()), rows()
+        with torch.no_grad():
+            norms = free.W_dec.norm(dim=1)
+            unit_norm.W_enc.mul_(norms)
+            unit_norm.b_enc.mul_(norms)
+        one, other = (sae.training_pass(x, x, START, None) for sae in (free, unit_norm))
+        assert number(one.loss) == pytest.approx(number(other.loss))
+
+    def test_only_the_encoder_sees_noise(self) -> None:
+        sae, x = made(standard_settings(noise=0.5)), rows()
+        result = sae.training_pass(x, x, START, None)
+        seen = x + 0.5 * sae.noise(x, START)
+        again = sae(seen)
+        torch.testing.assert_close(result.reconstruction, again)
+        assert number(result.components["mse"]) == pytest.approx(number(((x - again) ** 2).sum()) / B)
+        other = sae.training_pass(x, x, Schedule(1, 100), None)
+        assert number(other.loss) != number(result.loss)
+        assert number(sae.training_pass(x, x, START, None).loss) == number(result.loss)
+        torch.testing.assert_close(sae.encode(x), made(standard_settings()).encode(x))
+
+    @pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+    def test_a_tied_encoder_is_the_decoders_transpose(self, decoder_norm: str) -> None:
+        sae = build(D, standard_settings(tied=True, decoder_norm=decoder_norm)).double()
+        sae.initialise(1, None)
+        assert set(sae.state_dict()) == {"b_enc", "W_dec", "b_dec"}
+        with torch.no_grad():
+            sae.W_dec.mul_(torch.linspace(0.5, 2, S)[:, None])
+            sae.b_dec.fill_(0.1)
+        x = rows()
+        expected = ((x - sae.b_dec) @ sae.directions().T).relu()
+        torch.testing.assert_close(sae.encode(x), expected)
+        whole = sae(x)
+        sae.fold_scale(0.4)
+        torch.testing.assert_close(sae.encode(x / 0.4), expected)
+        torch.testing.assert_close(sae(x / 0.4), whole / 0.4)
+        told = sae.to_saelens().tensors
+        torch.testing.assert_close(told["W_enc"], (sae.W_dec.T * 0.4**2).float())
+
+    def test_new_directions_of_tied_features(self) -> None:
+        sae = build(D, standard_settings(tied=True))
+        sae.initialise(1, None)
+        x = rows()[:2].float()
+        sae.reset_features(torch.tensor([3, 5]), x, x)
+        torch.testing.assert_close(sae.encode(x)[[0, 1], [3, 5]], x.norm(dim=1))
+
+
+class TestGated:
+    def test_the_gate_decides_and_the_magnitude_says_how_much(self) -> None:
+        sae, x = made(settings_of("gated", l1_coefficient=0.7)), rows()
+        product = (x - sae.b_dec) @ sae.W_enc
+        is_open = product + sae.get_parameter("b_gate") > 0
+        magnitude = product * sae.get_parameter("r_mag").exp() + sae.get_parameter("b_mag")
+        torch.testing.assert_close(sae.encode(x), torch.where(is_open, magnitude.relu(), 0.0))
+        assert (is_open & (magnitude < 0)).any()
+        assert (~is_open & (magnitude > 0)).any()
+
+    def test_the_penalty_does_not_shrink_magnitudes(self) -> None:
+        """A gate learns 2 − λ/2 of a target of 2, but the magnitude 2."""
+        sae = build(2, settings_of("gated", d_sae=1, l1_coefficient=1.0, l1_warmup_steps=0))
+        x = torch.tensor([[2.0, 0.0]]).repeat(3, 1)
+        with torch.no_grad():
+            sae.W_enc.zero_()
+            sae.W_dec.copy_(torch.tensor([[3.0, 0.0]]))
+            sae.get_parameter("b_gate").fill_(0.3)
+            sae.get_parameter("b_mag").fill_(0.3)
+        for _ in range(60):
+            sae.zero_grad()
+            sae.training_pass(x, x, START, None).loss.backward()  # type: ignore[no-untyped-call]
+            for name in ("b_gate", "b_mag"):
+                vector = sae.get_parameter(name)
+                assert vector.grad is not None
+                with torch.no_grad():
+                    vector.sub_(0.25 * vector.grad)
+        assert number(sae.get_parameter("b_gate")) == pytest.approx(1.5)
+        assert sae.encode(x)[:, 0].tolist() == pytest.approx([2.0] * 3)
+
+
+class TestJumpReLU:
+    def test_what_is_above_the_threshold_stays_as_it_is(self) -> None:
+        sae, x = made(settings_of("jumprelu", l0_coefficient=0.7)), rows()
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        with torch.no_grad():
+            sae.get_parameter("threshold")[3] = pre[0, 3].abs()
+            sae.b_enc[3] += pre[0, 3].abs() - pre[0, 3]
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        threshold = sae.get_parameter("threshold")
+        torch.testing.assert_close(sae.encode(x), torch.where(pre > threshold, pre, 0.0))
+        assert ((pre > 0) & (pre < threshold)).any()
+
+    def test_the_penalty_is_the_number_of_active_features(self) -> None:
+        sae, x = made(settings_of("jumprelu", l0_coefficient=0.7, l0_warmup_steps=4)), rows()
+        l0 = number((sae.encode(x) > 0).sum()) / B
+        for step, share in ((1, 0.5), (3, 1.0), (50, 1.0)):
+            result = sae.training_pass(x, x, Schedule(step, 100), None)
+            assert number(result.components["penalty"]) == pytest.approx(l0)
+            price = number(result.loss) - number(result.components["mse"])
+            assert price == pytest.approx(share * 0.7 * l0)
+
+    @pytest.mark.parametrize(("coefficient", "weight"), [(3.0, 3.0), (None, 10.0 * D)])
+    def test_a_target_prices_the_distance_from_it(self, coefficient: float | None, weight: float) -> None:
+        settings = settings_of("jumprelu", l0_target=5, l0_coefficient=coefficient, l0_warmup_steps=0)
+        sae, x = made(settings), rows()
+        l0 = number((sae.encode(x) > 0).sum()) / B
+        result = sae.training_pass(x, x, Schedule(1, 100), None)
+        price = number(result.loss) - number(result.components["mse"])
+        assert price == pytest.approx(weight * (l0 / 5 - 1) ** 2)
+
+    def test_the_first_batch_meets_the_target(self) -> None:
+        sae, x = made(settings_of("jumprelu", l0_target=3)), rows()
+        sae.training_pass(x, x, START, None)
+        assert (sae.encode(x) > 0).sum() == 3 * B - 1
+        chosen = made(settings_of("jumprelu", l0_target=3, initial_threshold=0.2))
+        with torch.no_grad():
+            chosen.get_parameter("threshold").fill_(0.2)
+        chosen.training_pass(x, x, START, None)
+        assert (chosen.get_parameter("threshold") == 0.2).all()
+
+    def test_thresholds_below_zero_count_as_zero(self) -> None:
+        sae, x = made(settings_of("jumprelu", l0_coefficient=0.7)), rows()
+        with torch.no_grad():
+            sae.get_parameter("threshold").fill_(-0.5)
+        before = sae.encode(x)
+        assert (before >= 0).all()
+        result = sae.training_pass(x, x, Schedule(1, 100), None)
+        assert (sae.get_parameter("threshold") == 0).all()
+        torch.testing.assert_close(sae.encode(x), before)
+        torch.testing.assert_close(result.reconstruction, sae.decode(before))
+
+    @pytest.mark.parametrize("changes", [{}, {"l0_target": S + 1}], ids=["nothing", "too much"])
+    def test_settings_without_a_penalty_are_refused(self, changes: dict[str, Any]) -> None:
+        with pytest.raises(ValidationError, match="l0_target"):
+            settings_of("jumprelu", **changes)
+
+
+class TestBatchTopK:
+    def test_a_batch_keeps_its_largest(self) -> None:
+        sae, x = made(settings_of("batchtopk", k=4)), rows()
+        result = sae.training_pass(x, x, START, None)
+        pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach()
+        assert int(result.active.sum()) == 4 * B
+        kept = pre >= pre.flatten().sort(descending=True).values[4 * B - 1]
+        assert result.active.tolist() == kept.sum(dim=0).tolist()
+        assert len(set(kept.sum(dim=1).tolist())) > 1
+
+    def test_negative_ones_are_not_kept(self) -> None:
+        sae, x = made(settings_of("batchtopk", k=4)), rows()
+        with torch.no_grad():
+            sae.b_enc.sub_(50)
+        assert not sae.training_pass(x, x, START, None).active.any()
+        assert number(sae.get_buffer("threshold")) == 0.3, "nothing kept must leave the threshold alone"
+
+    def test_the_threshold_follows_the_smallest_kept(self) -> None:
+        sae = made(settings_of("batchtopk", k=4, threshold_decay=0.9))
+        sae.get_buffer("threshold").zero_()
+        expected = 0.0
+        for seed in range(5):
+            x = rows(seed)
+            pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+            smallest = number(pre.flatten().sort(descending=True).values[4 * B - 1])
+            expected = smallest if seed == 0 else 0.9 * expected + 0.1 * smallest
+            sae.training_pass(x, x, START, None)
+            assert number(sae.get_buffer("threshold")) == pytest.approx(expected)
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        torch.testing.assert_close(sae.encode(x), torch.where(pre > expected, pre, 0.0))
+
+    def test_rows_of_many_norms_cannot_be_normalised(self) -> None:
+        sae = made(settings_of("batchtopk", k=4))
+        sae.fold_scale(0.5)
+        x = rows()
+        before = sae.encode(x)
+        sae.normalise_decoder()
+        torch.testing.assert_close(sae.encode(x), 2 * before)
+        with torch.no_grad():
+            sae.W_dec[0] *= 2
+        with pytest.raises(ValueError, match="norms of"):
+            sae.normalise_decoder()
 
 
 class TestTopK:
@@ -257,7 +498,9 @@ def test_a_folded_module_takes_raw_activations(settings: SAESettings, scale: flo
 def test_weights_survive_storing(settings: SAESettings) -> None:
     sae, x = made(settings).float(), rows().float()
     stored = safetensors.torch.load(safetensors.torch.save(dict(sae.state_dict())))
-    assert set(stored) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    own = {"gated": {"b_gate", "b_mag", "r_mag"}}.get(settings.architecture, {"b_enc"})
+    own = own | ({"threshold"} if settings.architecture in ("batchtopk", "jumprelu") else set())
+    assert set(stored) == {"W_enc", "W_dec", "b_dec"} | own
     assert stored["W_enc"].shape == (D, S)
     assert stored["W_dec"].shape == (S, D)
     other = build(D, settings)
