@@ -91,19 +91,20 @@ class SAE(nn.Module, ABC):
         """(x − b_dec) W_enc + b_enc [B, S], or x W_enc + b_enc where b_dec is not subtracted."""
         if not self.subtracts_b_dec:
             return torch.addmm(self.b_enc, x, self.encoder())
-        return self.centred_product(x, self.b_enc)
-
-    def centred_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(x − b_dec) W_enc + bias [B, S]."""
-        encoder = self.encoder()
         if not torch.is_grad_enabled():
-            product = (x - self.b_dec) @ encoder
-            return product if bias is None else product + bias
-        # The same value, but b_dec gets its gradient through a vector: through x − b_dec autograd
-        # would multiply a [B, S] by a [S, D] matrix only to sum the rows of the product.
+            return (x - self.b_dec) @ self.encoder() + self.b_enc
+        centred, bias = self.centred(x)
+        return torch.addmm(bias, centred, self.encoder())
+
+    def centred(self, x: Tensor, bias: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
+        """x − b_dec [B, D] without gradient, and a bias [S] (b_enc by default) with the gradient of b_dec.
+
+        The pre-activations are the same, but b_dec gets its gradient through a vector: through x − b_dec
+        autograd would multiply a [B, S] by a [S, D] matrix only to sum the rows of the product.
+        """
         fixed = self.b_dec.detach()
-        shift = (fixed - self.b_dec) @ encoder.detach()
-        return torch.addmm(shift if bias is None else bias + shift, x - fixed, encoder)
+        shift = (fixed - self.b_dec) @ self.encoder().detach()
+        return x - fixed, (self.b_enc if bias is None else bias) + shift
 
     def encoder(self) -> Tensor:
         """[D, S] what rows are multiplied by."""

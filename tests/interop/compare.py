@@ -58,11 +58,12 @@ def compare(acts: tuple[Tensor, Tensor], reconstructions: tuple[Tensor, Tensor])
 
 
 def ties(ours: Tensor, theirs: Tensor) -> Tensor:
-    """[R] rows where rounding decided which of two equally active features was kept.
+    """[R] rows where rounding decided whether a feature was kept.
 
-    They are those whose sorted activations are the same to the tolerance, but not of the same features:
-    where the k-th and the next pre-activation are all but equal, the last bit of a matrix product decides.
+    Where the k-th and the next pre-activation are all but equal, the last bit of a matrix product decides
+    between two features: sorted activations are the same to the tolerance, but not of the same features.
+    Where a pre-activation is all but equal to its threshold, it decides about one feature.
     """
-    others = ((ours > 0) != (theirs > 0)).any(dim=1)
+    others = ((ours > 0) != (theirs > 0)).sum(dim=1)
     distance = (ours.sort(dim=1).values - theirs.sort(dim=1).values).abs().amax(dim=1)
-    return others & (distance <= TOLERANCE * ours.abs().max())
+    return (others == 1) | ((others > 0) & (distance <= TOLERANCE * ours.abs().max()))

@@ -29,7 +29,8 @@ DEAD = torch.arange(S) % 3 == 0
 
 
 def directions(w: Weights) -> Tensor:
-    return w["W_dec"] / w["W_dec"].norm(dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(w["W_dec"], dim=1, keepdim=True)
+    return w["W_dec"] / norms
 
 
 def product(w: Weights, x: Tensor) -> Tensor:
@@ -51,8 +52,10 @@ def lp(w: Weights, fixed: Weights, x: Tensor) -> Tensor:
 
 
 def free(w: Weights, fixed: Weights, x: Tensor) -> Tensor:
-    acts = (product(w, x) + w["b_enc"]).relu()
-    return squared(x - acts @ w["W_dec"] - w["b_dec"]) + 0.7 * (acts * w["W_dec"].norm(dim=1)).sum() / B
+    acts: Tensor = (product(w, x) + w["b_enc"]).relu()
+    weighted = acts * torch.linalg.vector_norm(w["W_dec"], dim=1)
+    penalty: Tensor = weighted.sum() / B
+    return squared(x - acts @ w["W_dec"] - w["b_dec"]) + 0.7 * penalty
 
 
 def tied(w: Weights, fixed: Weights, x: Tensor) -> Tensor:

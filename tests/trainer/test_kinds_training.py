@@ -73,7 +73,7 @@ def train(training: SAETraining, windows: range) -> None:
     for window in windows:
         all_rows = window_rows(window)
         training.begin_window(all_rows, window * WINDOW_STEPS * BATCH)
-        for i, batch in enumerate(all_rows.split(BATCH)):
+        for i, batch in enumerate(torch.split(all_rows, BATCH)):
             training.step(batch, Schedule(window * WINDOW_STEPS + i, STEPS))
 
 
@@ -120,7 +120,7 @@ def test_directions_have_unit_norm_after_every_step_and_after_loading(name: str)
     for window in range(4):
         all_rows = window_rows(window)
         training.begin_window(all_rows, window * WINDOW_STEPS * BATCH)
-        for i, batch in enumerate(all_rows.split(BATCH)):
+        for i, batch in enumerate(torch.split(all_rows, BATCH)):
             training.step(batch, Schedule(window * WINDOW_STEPS + i, STEPS))
             check(training.sae.directions())
     assert not torch.allclose(training.sae.W_dec.detach().norm(dim=1), ones, rtol=0, atol=1e-5)

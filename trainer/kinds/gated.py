@@ -53,7 +53,11 @@ class Gated(Kind):
 
     def paths(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S] gates before their step, and feature activations."""
-        product = self.centred_product(x)
+        if torch.is_grad_enabled():
+            centred, shift = self.centred(x, bias=0.0)
+            product = torch.addmm(shift, centred, self.W_enc)
+        else:
+            product = (x - self.b_dec) @ self.W_enc
         gate = product + self.b_gate
         magnitude = torch.relu(product * self.r_mag.exp() + self.b_mag)
         return gate, magnitude * (gate > 0)
