@@ -335,6 +335,22 @@ class TestJumpReLU:
         chosen.training_pass(x, x, START, None)
         assert (chosen.get_parameter("threshold") == 0.2).all()
 
+    def test_an_imported_threshold_is_not_moved_to_the_target(self) -> None:
+        sae, x = made(settings_of("jumprelu", l0_target=3, init_from="somewhere")), rows()
+        sae.training_pass(x, x, START, None)
+        assert (sae.get_parameter("threshold") == 0.3).all()
+
+    def test_new_directions_get_the_others_threshold(self) -> None:
+        x = rows()[:2]
+        for own, expected in (({"l0_target": 3}, 0.3), ({"l0_target": 3, "initial_threshold": 0.2}, 0.2)):
+            sae = made(settings_of("jumprelu", **own))
+            with torch.no_grad():
+                sae.get_parameter("threshold")[[4, 9]] = 7.0
+            sae.reset_features(torch.tensor([4, 9]), x, x)
+            assert sae.get_parameter("threshold").tolist() == pytest.approx(
+                [expected if s in (4, 9) else 0.3 for s in range(S)]
+            )
+
     def test_thresholds_below_zero_count_as_zero(self) -> None:
         sae, x = made(settings_of("jumprelu", l0_coefficient=0.7)), rows()
         with torch.no_grad():
