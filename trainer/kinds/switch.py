@@ -42,7 +42,7 @@ class SwitchSettings(AuxKSettings):
     """Number of experts (E); d_sae must be a multiple of it."""
     always_on_k: int = Field(0, ge=0)
     """Features kept per row of an expert that sees every row, besides the chosen one's; 0: none does."""
-    balance_coefficient: float = Field(0.01, ge=0)
+    balance_coefficient: float = Field(0.1, ge=0)
     """Weight of the load-balance loss, as a share of d_in."""
 
     @model_validator(mode="after")
