@@ -109,6 +109,39 @@ def test_resampling_takes_place(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(reset) >= DEAD
 
 
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "resampled" in name])
+def test_resampled_features_start_anew(name: str) -> None:
+    """Biases and moments, too, and of them only."""
+    training = begun(name)
+    train(training, range(1))
+    reset = torch.zeros(64, dtype=torch.bool)
+    reset[[3, 60]] = True
+    training.rows_since_active.copy_(reset * 1000)
+    for state in training.optimizer.state.values():
+        state["exp_avg"].fill_(1.0)
+        state["exp_avg_sq"].fill_(1.0)
+    with torch.no_grad():
+        for vector in training.sae.encoder_vectors:
+            training.sae.get_parameter(vector).fill_(-3.0)
+    training.begin_window(window_rows(1), 2000)
+    for vector in training.sae.encoder_vectors:
+        assert torch.equal(training.sae.get_parameter(vector) == 0, reset)
+    seen = set()
+    for key, value in training.optimizer_state().items():
+        kind, _, parameter = key.partition("/")
+        if kind not in ("exp_avg", "exp_avg_sq"):
+            continue
+        axis = training.sae.feature_axes.get(parameter)
+        if axis is None:
+            assert (value == 1).all(), key
+            continue
+        seen.add(parameter)
+        others = value.movedim(axis, 0).reshape(64, -1)
+        assert torch.equal((others == 0).all(dim=1), reset), key
+        assert (others[~reset] == 1).all(), key
+    assert seen == set(training.sae.state_dict()) - {"b_dec"} - set(dict(training.sae.named_buffers()))
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "free" not in name])
 def test_directions_have_unit_norm_after_every_step_and_after_loading(name: str) -> None:
     training = begun(name)
