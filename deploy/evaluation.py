@@ -53,8 +53,7 @@ def _on_text(config: Config, run: "RunConfig", load: LoadSAEs, progress: Progres
         )
     # nothing here needs to be bit-identical: use the whole machine
     model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
-    hook_of = {sae.name: sae.hook_name for sae in run.settings.saes}
-    saes = {name: (hook_of[name], sae) for name, sae in load().items()}
+    saes = {name: (sae.settings.hooks, sae) for name, sae in load().items()}
     return evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
 
 
@@ -80,6 +79,5 @@ def _on_toy(
             # rounded as what they were trained on
             yield {hook: torch.from_numpy(acts).bfloat16().float() for hook, acts in rows.items()}
 
-    hooks = {sae.name: sae.hooks for sae in run.settings.saes}
-    saes = {name: (hooks[name], sae) for name, sae in load().items()}
+    saes = {name: (sae.settings.hooks, sae) for name, sae in load().items()}
     return evaluate_rows(saes, held_out(), lambda done: progress(done, n))

@@ -204,7 +204,7 @@ def resolve_run(settings: RunSettings, data: JoinedDataset, start: int = 0) -> R
     """
     widths = {hook: data.d_in(hook) for sae in settings.saes for hook in sae.hooks}
     for sae in settings.saes:
-        k = getattr(sae, "k", 0)
+        k = getattr(sae, "k", None) or 0
         if k > sae.d_sae:
             raise ConfigError(f"saes: {sae.name}: k is {k}, more than its d_sae of {sae.d_sae}")
     if data.keeps_window and settings.epochs > 1:
@@ -226,7 +226,7 @@ def resolve_run(settings: RunSettings, data: JoinedDataset, start: int = 0) -> R
     ]
     window = settings.window_chunks or data.default_window(list(widths))
     resolved = ResolvedSettings.model_validate({**dict(settings), "window_chunks": window})
-    starts = {sae.name: pin_initial(sae, widths[sae.hook_name]) for sae in settings.saes}
+    starts = {sae.name: pin_initial(sae, widths) for sae in settings.saes}
     initial = {name: start for name, start in starts.items() if start is not None}
     identity = _identity(resolved, pins, initial)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

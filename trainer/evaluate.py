@@ -1,8 +1,9 @@
 """What a run's SAEs are worth on held-out text, by themselves and inside the model.
 
 Held-out sequences are run through the language model once clean and once per SAE with its hook point
-replaced by the reconstruction. Rows of special tokens (BOS, end of text) are neither replaced nor
-counted, in any arm.
+replaced by the reconstruction. A transcoder's output hook point is replaced by what it computes from its
+input hook point in the clean pass; its variance is that of the output hook point. Rows of special tokens
+(BOS, end of text) are neither replaced nor counted, in any arm.
 
     loss = mean Σ_d (x − x̂)² · s², in the units of training (s is the input scale)
     explained variance = 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²
@@ -12,7 +13,7 @@ where CE is nats per predicted token and CE_zero replaces activations by zeros: 
 the SAE gives 1, a zero dictionary 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,9 @@ DENSITY_EDGES = np.linspace(-5.0, 0.0, 51)
 
 Replacement = Callable[[Tensor], Tensor]
 
+Hooks = str | Sequence[str]
+"""One hook point, or those of a transcoder: its input's and its output's."""
+
 
 @dataclass
 class SAETally:
@@ -37,6 +41,7 @@ class SAETally:
 
     sae: SAE
     hook_name: str
+    hook_out: str
     residual: float = 0.0
     active: float = 0.0
     fired: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -64,7 +69,7 @@ class HookTally:
 def evaluate(
     model: LanguageModel,
     corpus: Corpus,
-    saes: dict[str, tuple[str, SAE]],
+    saes: Mapping[str, tuple[Hooks, SAE]],
     max_sequences: int,
     batch_sequences: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -72,7 +77,7 @@ def evaluate(
     """Evaluate SAEs on held-out sequences.
 
     Args:
-        saes: name -> (hook point, SAE that takes raw activations).
+        saes: name -> (hook point, or those of a transcoder, SAE that takes raw activations).
         max_sequences: held-out sequences used, from the start.
         progress: called with sequences done and in all.
 
@@ -85,22 +90,24 @@ def evaluate(
     n = min(max_sequences, corpus.manifest.n_held_out)
     if n == 0:
         raise UserError("evaluation: the corpus has no held-out sequences; add text to it")
-    hooks = {hook: HookTally() for hook, _ in saes.values()}
-    tallies = {name: SAETally(sae, hook) for name, (hook, sae) in saes.items()}
+    tallies = {name: SAETally(sae, *_pair(hooks)) for name, (hooks, sae) in saes.items()}
+    hooks = {tally.hook_out: HookTally() for tally in tallies.values()}
+    wanted = list(dict.fromkeys([*(tally.hook_name for tally in tallies.values()), *hooks]))
     special = torch.tensor(corpus.manifest.special_ids)
     clean, predictions = 0.0, 0
     controls: dict[str, float] = {}
     for start in range(0, n, batch_sequences):
         tokens = torch.from_numpy(corpus.tokens(start, min(n, start + batch_sequences), HELD_OUT)).long()
         keep = ~torch.isin(tokens, special)
-        captured = model.activations(tokens, list(hooks))
+        captured = {hook: acts.float().cpu() for hook, acts in model.activations(tokens, wanted).items()}
         for hook, tally in hooks.items():
-            add_hook(tally, captured[hook].float().cpu()[keep])
+            add_hook(tally, captured[hook][keep])
             tally.zero += _cross_entropy(model, tokens, keep, hook, torch.zeros_like)
         for sae_tally in tallies.values():
-            rows = captured[sae_tally.hook_name].float().cpu()[keep]
-            _add_sae(sae_tally, rows)
-            sae_tally.cross_entropy += _cross_entropy(model, tokens, keep, sae_tally.hook_name, sae_tally.sae)
+            x = captured[sae_tally.hook_name]
+            _add_sae(sae_tally, x[keep], captured[sae_tally.hook_out][keep])
+            arm = _replacement(sae_tally, x.flatten(0, 1))
+            sae_tally.cross_entropy += _cross_entropy(model, tokens, keep, sae_tally.hook_out, arm)
         clean += _cross_entropy(model, tokens, keep, None, None)
         controls = controls or _controls(model, tokens, keep, next(iter(hooks)), clean)
         predictions += int(keep[:, :-1].sum())
@@ -109,8 +116,7 @@ def evaluate(
     return {
         "sequences": n,
         "saes": {
-            name: _figures(tally, hooks[tally.hook_name], base, predictions)
-            for name, tally in tallies.items()
+            name: _figures(tally, hooks[tally.hook_out], base, predictions) for name, tally in tallies.items()
         },
         "controls": controls,
     }
@@ -153,10 +159,22 @@ def add_hook(tally: HookTally, rows: Tensor) -> None:
     tally.squares += float(exact.square().sum())
 
 
+def _pair(hooks: Hooks) -> tuple[str, str]:
+    """Input and output hook point."""
+    return (hooks, hooks) if isinstance(hooks, str) else (hooks[0], hooks[-1])
+
+
+def _replacement(tally: SAETally, clean: Tensor) -> Replacement:
+    """What stands in for the output hook point. clean: [B, D] of the input hook point."""
+    if tally.hook_out == tally.hook_name:
+        return tally.sae
+    return lambda _: tally.sae(clean)
+
+
 @torch.no_grad()
-def _add_sae(tally: SAETally, rows: Tensor) -> None:
+def _add_sae(tally: SAETally, rows: Tensor, targets: Tensor) -> None:
     acts = tally.sae.encode(rows)
-    tally.residual += float((rows - tally.sae.decode(acts)).double().square().sum())
+    tally.residual += float((targets - tally.sae.reconstruct(rows, acts)).double().square().sum())
     tally.active += float((acts > 0).sum())
     tally.fired += (acts > 0).sum(0)
 

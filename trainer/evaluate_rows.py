@@ -30,7 +30,7 @@ def evaluate_rows(
         {"sequences": n, "saes": {name: figures}, "controls": {}}
     """
     targets = {hooks[-1]: HookTally() for hooks, _ in saes.values()}
-    tallies = {name: SAETally(sae, hooks[0]) for name, (hooks, sae) in saes.items()}
+    tallies = {name: SAETally(sae, hooks[0], hooks[-1]) for name, (hooks, sae) in saes.items()}
     done = 0
     for rows in sequences:
         for hook, tally in targets.items():

@@ -35,8 +35,11 @@ class InitialWeights(Settings):
     """Its cfg.json, without metadata and device."""
 
 
-def pin_initial(settings: SAESettings, d_in: int) -> InitialWeights | None:
+def pin_initial(settings: SAESettings, widths: dict[str, int]) -> InitialWeights | None:
     """What a run pins of the dictionary that an SAE starts from, if it starts from one.
+
+    Args:
+        widths: of each hook point.
 
     Raises:
         ConfigError: it is not there, or not one that the SAE can start from.
@@ -45,9 +48,10 @@ def pin_initial(settings: SAESettings, d_in: int) -> InitialWeights | None:
         return None
     folder = Path(settings.init_from).expanduser()
     stamps = [_stamp(folder / name) for name in (CONFIG, WEIGHTS)]
-    key = f"{folder.absolute()} {stamps} {d_in} {settings.model_dump_json()}"
+    shape = [widths[hook] for hook in settings.hooks]
+    key = f"{folder.absolute()} {stamps} {shape} {settings.model_dump_json()}"
     if key not in _PINS:
-        _PINS[key] = _pin(settings, d_in)
+        _PINS[key] = _pin(settings, widths)
     return _PINS[key]
 
 
@@ -63,12 +67,12 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _pin(settings: SAESettings, d_in: int) -> InitialWeights:
+def _pin(settings: SAESettings, widths: dict[str, int]) -> InitialWeights:
     source = _read(settings)
     pinned = InitialWeights(
         sha256=hashlib.sha256(source.weights).hexdigest(), size=len(source.weights), fields=source.fields
     )
-    _make_start(settings, d_in, source)
+    _make_start(settings, widths, source)
     return pinned
 
 
@@ -81,7 +85,7 @@ def _read(settings: SAESettings) -> "Source":
         raise ConfigError(f"saes: {settings.name}: init_from: {error}") from error
 
 
-def _make_start(settings: SAESettings, d_in: int, source: "Source") -> "SAE":
+def _make_start(settings: SAESettings, widths: dict[str, int], source: "Source") -> "SAE":
     from penstock.trainer.exchange.read import assemble
 
     where = f"saes: {settings.name}: init_from"
@@ -89,9 +93,10 @@ def _make_start(settings: SAESettings, d_in: int, source: "Source") -> "SAE":
         sae = assemble(source.fields, source.weights, str(settings.init_from))
     except UserError as error:
         raise ConfigError(f"{where}: {error}") from error
-    there = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae}
+    there = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "d_out": sae.d_out}
     there |= {name: getattr(sae.settings, name) for name in sae.settled}
-    here = {"architecture": getattr(settings, "architecture", None), "d_in": d_in, "d_sae": settings.d_sae}
+    here: dict[str, Any] = {"architecture": settings.architecture, "d_sae": settings.d_sae}
+    here |= {"d_in": widths[settings.hook_name], "d_out": widths[settings.hooks[-1]]}
     here |= {name: getattr(settings, name, None) for name in sae.settled}
     for name, value in there.items():
         if here[name] != value:
@@ -142,7 +147,7 @@ def starting_points(
     """SAE name -> module that it starts from: takes raw rows; rows of its W_dec have unit norm.
 
     Args:
-        widths: d_in of each hook point.
+        widths: of each hook point.
         files: as `load_initial` gives them.
     """
     from penstock.trainer.exchange.read import Source
@@ -151,7 +156,7 @@ def starting_points(
     for settings in saes:
         if pin := initial.get(settings.name):
             source = Source(pin.fields, files[f"initial/{settings.name}"], settings.name, settings.hook_name)
-            made[settings.name] = _make_start(settings, widths[settings.hook_name], source)
+            made[settings.name] = _make_start(settings, widths, source)
     return made
 
 

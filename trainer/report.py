@@ -94,17 +94,18 @@ def _quality(sae: dict[str, Any]) -> dict[str, Any]:
     shown = pairs | {name: finite(sae[name]) for name in missing}
     # Training sees activations only: a cross-entropy always comes from an evaluation.
     trained = [name for name in missing if name != "ce_recovered"]
-    return sae | {"held_out": held_out, "shown": shown, "from_training": trained}
+    place = " → ".join(str(sae[key]) for key in ("hook_name", "hook_out") if sae.get(key))
+    return sae | {"held_out": held_out, "shown": shown, "from_training": trained, "place": place}
 
 
 def _looks(saes: list[dict[str, Any]]) -> list[Series]:
     """Colour by SAE, dash pattern by hook, the same on the whole page."""
-    hooks = list(dict.fromkeys(sae.get("hook_name") for sae in saes))
+    hooks = list(dict.fromkeys(sae.get("place") for sae in saes))
     return [
         Series(
             str(sae.get("name")),
             i % figures.COLORS,
-            hooks.index(sae.get("hook_name")) % len(figures.DASHES),
+            hooks.index(sae.get("place")) % len(figures.DASHES),
             (),
         )
         for i, sae in enumerate(saes)
@@ -192,7 +193,7 @@ def _frontiers(saes: list[dict[str, Any]], looks: list[Series]) -> list[Card]:
             l0, y = sae["shown"]["l0"], sae["shown"][name]
             if l0 is None or y is None:
                 continue
-            family = f"{sae.get('hook_name')} {sae.get('architecture')}"
+            family = f"{sae.get('place')} {sae.get('architecture')}"
             points.append((Series(look.name, look.color, look.dash, [(l0, y)]), family))
             rows.append([look.name, number(l0), number(y)])
         alt = f"{title} against L0. " + "; ".join(f"{r[0]}: {r[2]} at L0 {r[1]}" for r in rows)
@@ -208,11 +209,11 @@ def _curve_groups(
     if len(saes) <= figures.COLORS:
         return [("", [_curve(which, looks, history) for which in CURVES])]
     groups = []
-    for hook in dict.fromkeys(sae.get("hook_name") for sae in saes):
+    for hook in dict.fromkeys(sae.get("place") for sae in saes):
         members = [
             Series(look.name, i % figures.COLORS, i // figures.COLORS % len(figures.DASHES), ())
             for i, (sae, look) in enumerate(zip(saes, looks, strict=True))
-            if sae.get("hook_name") == hook
+            if sae.get("place") == hook
         ]
         groups.append((str(hook), [_curve(which, members, history) for which in CURVES]))
     return groups
@@ -280,7 +281,7 @@ def _densities(saes: list[dict[str, Any]], looks: list[Series]) -> list[Card]:
             for low, high, n in zip(known[:-1], known[1:], counts, strict=True)
         ]
         total = count(sum(counts) + never)
-        note = f"{sae.get('hook_name')}: {total} features, {count(never)} never active"
+        note = f"{sae.get('place')}: {total} features, {count(never)} never active"
         cards.append(
             Card(
                 look.name,

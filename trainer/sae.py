@@ -32,8 +32,10 @@ class SAE(nn.Module, ABC):
 
     Settings: ClassVar[type[SAESettings]]
     """Settings of this kind."""
-    from_saelens: str | None = None
-    """The SAELens architecture that is imported as this kind."""
+    from_saelens: tuple[str, ...] = ()
+    """SAELens architectures that are imported as this kind."""
+    subtracts_b_dec: bool = True
+    """Whether the encoder sees x − b_dec: not where b_dec belongs to another hook point."""
     in_units_of_rows: tuple[str, ...] = ("b_enc", "b_dec")
     """Tensors that grow in proportion to the rows, where those of W_dec have unit norm."""
     encoder_vectors: tuple[str, ...] = ("b_enc",)
@@ -71,9 +73,13 @@ class SAE(nn.Module, ABC):
         """Reconstructions [B, D] of feature activations [B, S]."""
         return feature_acts @ self.directions() + self.b_dec
 
+    def reconstruct(self, x: Tensor, feature_acts: Tensor) -> Tensor:
+        """Reconstructions [B, D_out] from activations [B, D] and their feature activations [B, S]."""
+        return self.decode(feature_acts)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstructions [B, D] of activations [B, D]."""
-        return self.decode(self.encode(x))
+        """Reconstructions [B, D_out] of activations [B, D]."""
+        return self.reconstruct(x, self.encode(x))
 
     @abstractmethod
     def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
@@ -94,7 +100,9 @@ class SAE(nn.Module, ABC):
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp(min=1e-12))
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        """(x − b_dec) W_enc + b_enc [B, S]."""
+        """(x − b_dec) W_enc + b_enc [B, S], or x W_enc + b_enc where b_dec is not subtracted."""
+        if not self.subtracts_b_dec:
+            return torch.addmm(self.b_enc, x, self.encoder())
         if not torch.is_grad_enabled():
             return (x - self.b_dec) @ self.encoder() + self.b_enc
         centred, bias = self.centred(x)
@@ -128,7 +136,7 @@ class SAE(nn.Module, ABC):
         Drawn on the CPU, so that every device starts from the same weights.
 
         Args:
-            bias: [D] what b_dec starts at; None means zero.
+            bias: [D_out] what b_dec starts at; None means zero.
             rows: [R, D] scaled rows of the first window, for `initialisation: data`.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -140,7 +148,7 @@ class SAE(nn.Module, ABC):
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         elif way == "data" and rows is not None:
             chosen = torch.randperm(len(rows), generator=generator)[: self.d_sae]
-            picked = rows[chosen] - (0 if bias is None else bias)
+            picked = rows[chosen] - (bias if self.subtracts_b_dec and bias is not None else 0)
             # a row of nothing, as sparse data has some, has no direction: that feature keeps a random one
             drawn[: len(chosen)] = torch.where(picked.any(dim=1, keepdim=True), picked, drawn[: len(chosen)])
         norms = drawn.norm(dim=1, keepdim=True)
@@ -171,7 +179,7 @@ class SAE(nn.Module, ABC):
             targets: [n, D_out] what is to be reconstructed of them.
         """
         self.W_dec[features] = nn.functional.normalize(targets - self.b_dec, dim=1)
-        centred = rows - self.b_dec if self.d_in == self.d_out else rows
+        centred = rows - self.b_dec if self.subtracts_b_dec else rows
         self._reset_encoder(features, nn.functional.normalize(centred, dim=1))
         for name in self.encoder_vectors:
             self.get_parameter(name)[features] = 0.0
@@ -236,12 +244,13 @@ class SAE(nn.Module, ABC):
             tensor.copy_(tensor.double() * factors)
 
     @torch.no_grad()
-    def start_from(self, other: Self, scale: float) -> None:
+    def start_from(self, other: Self, scale: float, scale_out: float | None = None) -> None:
         """Become another module of the same kind, so that training on x·scale starts at its function.
 
         Args:
             other: takes raw rows; rows of its W_dec have unit norm.
             scale: the run's input scale s. Feature activations are s times those of `other`.
+            scale_out: of the target, if that is another hook point.
         """
         there = other.state_dict()
         for name, tensor in self.state_dict().items():

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class Places:
         rows = torch.div(flat, n_columns, rounding_mode="floor")
         torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=start[1:])
         return Places(start, flat - rows * n_columns, (n_rows, n_columns))
+
+    def within(self, inside: Tensor, begin: int, end: int) -> "Places":
+        """Of columns [begin, end) alone, where `inside` [N] bool says which places these are."""
+        start = torch.zeros_like(self.start)
+        torch.cumsum(torch.bincount(self.row[inside], minlength=self.shape[0]), 0, out=start[1:])
+        return Places(start, self.column[inside] - begin, (self.shape[0], end - begin))
 
     @cached_property
     def row(self) -> Tensor:
@@ -158,8 +165,8 @@ class Few(ABC):
         """[S] int32 on how many rows each feature is active."""
 
     @abstractmethod
-    def first(self, n: int) -> "Few":
-        """Those of the first n features; all others are zero."""
+    def split(self, widths: list[int]) -> list["Few"]:
+        """Those of the first features, of those that follow, and so on: [B, width] each."""
 
     @abstractmethod
     def smallest(self) -> Tensor:
@@ -176,9 +183,8 @@ class _Dense(Few):
     def active(self) -> Tensor:
         return (self.values > 0).sum(dim=0, dtype=torch.int32)
 
-    def first(self, n: int) -> Few:
-        kept = torch.arange(self.values.shape[1], device=self.values.device) < n
-        return _Dense(self.values * kept)
+    def split(self, widths: list[int]) -> list[Few]:
+        return [_Dense(part) for part in torch.split(self.values, widths, dim=1)]
 
     def smallest(self) -> Tensor:
         return _smallest(self.values)
@@ -195,8 +201,12 @@ class _Sparse(Few):
     def active(self) -> Tensor:
         return self.places.active(self.values)
 
-    def first(self, n: int) -> Few:
-        return _Sparse(self.values * (self.places.column < n), self.places)
+    def split(self, widths: list[int]) -> list[Few]:
+        parts: list[Few] = []
+        for begin, end in pairwise(accumulate(widths, initial=0)):
+            inside = (self.places.column >= begin) & (self.places.column < end)
+            parts.append(_Sparse(self.values[inside], self.places.within(inside, begin, end)))
+        return parts
 
     def smallest(self) -> Tensor:
         return _smallest(self.values)

@@ -62,7 +62,7 @@ class SAETraining:
         if targets is not None:
             mean, self.scale_out = mean_and_scale(targets)
         if start is not None:
-            self.sae.start_from(start, self.scale)
+            self.sae.start_from(start, self.scale, self.scale_out)
             return
         bias = None
         if self.settings.decoder_bias == "mean":

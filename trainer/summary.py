@@ -114,6 +114,8 @@ def _sae(config: RunConfig, head: Head, name: str, evaluation: dict[str, Any]) -
         "held_out": held_out,
         "weights_sha256": head.checkpoint[f"sae/{name}"].sha256,
     }
+    if len(settings.hooks) > 1:
+        entry |= {"hook_out": settings.hooks[1], "d_out": config.widths[settings.hooks[1]]}
     for key in ("k", "l1_coefficient", "l0_target", "l0_coefficient"):
         if getattr(settings, key, None) is not None:
             entry[key] = getattr(settings, key)

@@ -86,8 +86,8 @@ def _trainer_bytes(what: Resolved, run: RunConfig) -> tuple[int, int]:
     row = sum(2 * run.widths[hook] for hook in run.hooks)
     window = row * max((run.window_rows(n) for n in run.windows), default=0)
     # a dense step holds about four times its feature activations, and six times its rows
-    widths = [(run.widths[sae.hook_name], sae.d_sae) for sae in run.settings.saes]
-    step = 4 * run.settings.batch_rows * max(6 * d_in + 4 * d_sae for d_in, d_sae in widths)
+    widths = [(max(run.widths[hook] for hook in sae.hooks), sae.d_sae) for sae in run.settings.saes]
+    step = 4 * run.settings.batch_rows * max(6 * width + 4 * d_sae for width, d_sae in widths)
     training = 4 * weights + step  # weights, their gradients, two moments
     host = WINDOWS_HELD * window + 3 * weights  # a checkpoint as it is stored
     if what.trainer_device.type == "cuda":

@@ -36,7 +36,6 @@ from penstock.store.writer import DatasetWriter
 from penstock.trainer.config import RunSettings, resolve_run
 from penstock.trainer.evaluate import evaluate
 from penstock.trainer.group import Group
-from penstock.trainer.sae import SAE
 
 FORWARD_SECONDS, STEP_SECONDS = 3.0, 2.0
 """How long about the model and each run are measured."""
@@ -257,16 +256,14 @@ def _evaluate(corpus: Corpus, model: LanguageModel, group: Group) -> Cost:
     n = min(EVALUATED, corpus.manifest.n_held_out)
     if not n:
         return Cost()
-    saes: dict[str, tuple[str, SAE]] = {
-        name: (member.settings.hook_name, member.sae.cpu()) for name, member in group.members.items()
-    }
+    saes = {name: (member.settings.hooks, member.sae.cpu()) for name, member in group.members.items()}
     passes = evaluation_passes(group.config.settings, n, n)
     return measured(lambda: evaluate(model, corpus, saes, n), model.device, passes)
 
 
 def evaluation_passes(run: RunSettings, sequences: int, in_controls: int) -> int:
     """Forward passes of single sequences in an evaluation: clean, capture, zeros, SAEs, controls."""
-    hooks = len({sae.hook_name for sae in run.saes})
+    hooks = len({sae.hooks[-1] for sae in run.saes})
     return sequences * (2 + hooks + len(run.saes)) + 3 * in_controls
 
 

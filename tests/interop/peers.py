@@ -21,10 +21,14 @@ from sae_lens import (
     GatedSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
     StandardSAE,
     StandardSAEConfig,
     TopKSAE,
     TopKSAEConfig,
+    Transcoder,
+    TranscoderConfig,
 )
 from safetensors.torch import load_file, save_file
 from sparsify import SparseCoder
@@ -32,18 +36,18 @@ from torch import Tensor
 
 from interop.compare import HEADER, compare
 
-Loaded = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-"""encode and decode."""
+Loaded = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+"""encode, and what reconstructs rows from feature activations and, where there is a skip connection, rows."""
 
 
 def saelens(directory: Path) -> Loaded:
     sae = SAE.load_from_disk(directory)
-    return sae.encode, sae.decode
+    return sae.encode, lambda acts, rows: sae(rows) if hasattr(sae, "W_skip") else sae.decode(acts)
 
 
 def dictionary_learning(directory: Path) -> Loaded:
     dictionary, _ = load_dictionary(str(directory), "cpu")
-    return dictionary.encode, dictionary.decode
+    return dictionary.encode, lambda acts, rows: dictionary.decode(acts)
 
 
 def sparsify(directory: Path) -> Loaded:
@@ -53,7 +57,10 @@ def sparsify(directory: Path) -> Loaded:
         told = coder.encode(rows)
         return torch.zeros_like(told.pre_acts).scatter(1, told.top_indices, told.top_acts)
 
-    def decode(acts: Tensor) -> Tensor:
+    def decode(acts: Tensor, rows: Tensor) -> Tensor:
+        if coder.W_skip is not None:
+            whole: Tensor = coder(rows).sae_out
+            return whole
         active = acts.topk(coder.cfg.k, dim=1)
         decoded: Tensor = coder.decode(active.values, active.indices)
         return decoded
@@ -70,7 +77,7 @@ def check(workdir: Path, format: str, name: str) -> bool:
     kind = json.loads((workdir / "references" / f"{name}.json").read_text())["architecture"]
     encode, decode = LOADERS[format](workdir / "exports" / format / name)
     acts = encode(told["rows"])
-    found = compare((told["feature_acts"], acts), (told["reconstruction"], decode(acts)))
+    found = compare((told["feature_acts"], acts), (told["reconstruction"], decode(acts, told["rows"])))
     print(f"{kind:12s} {name:20s} {format:20s} {found}", flush=True)
     return found.same
 
@@ -80,6 +87,7 @@ def make_dictionaries(workdir: Path, reference: str) -> None:
     rows = load_file(workdir / "references" / f"{reference}.safetensors")["rows"]
     d_in, d_sae = rows.shape[1], 384
     shape: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae}
+    pair: dict[str, Any] = shape | {"d_out": d_in // 2, "apply_b_dec_to_input": False}
     made: dict[str, Any] = {
         "standard": StandardSAE(StandardSAEConfig(**shape)),
         "standard-uncentred": StandardSAE(StandardSAEConfig(**shape, apply_b_dec_to_input=False)),
@@ -89,10 +97,13 @@ def make_dictionaries(workdir: Path, reference: str) -> None:
         "gated-uncentred": GatedSAE(GatedSAEConfig(**shape, apply_b_dec_to_input=False)),
         "jumprelu": JumpReLUSAE(JumpReLUSAEConfig(**shape)),
         "jumprelu-uncentred": JumpReLUSAE(JumpReLUSAEConfig(**shape, apply_b_dec_to_input=False)),
+        "transcoder": Transcoder(TranscoderConfig(**pair)),
+        "transcoder-skip": SkipTranscoder(SkipTranscoderConfig(**pair)),
     }
     generator = torch.Generator().manual_seed(0)
     for name, sae in made.items():
-        sae.b_dec.copy_(rows.mean(dim=0))
+        d_out = len(sae.b_dec)
+        sae.b_dec.copy_(rows.mean(dim=0)[:d_out])
         for bias in ("b_enc", "b_gate", "b_mag"):
             if getattr(sae, bias, None) is not None:
                 getattr(sae, bias).copy_(torch.randn(d_sae, generator=generator))
@@ -100,13 +111,16 @@ def make_dictionaries(workdir: Path, reference: str) -> None:
             sae.r_mag.copy_(0.3 * torch.randn(d_sae, generator=generator))
         if hasattr(sae, "threshold"):
             sae.threshold.copy_(torch.rand(d_sae, generator=generator))
-        sae.W_dec.copy_(torch.randn(d_sae, d_in, generator=generator))
+        sae.W_dec.copy_(torch.randn(d_sae, d_out, generator=generator))
         sae.W_dec.mul_(0.5 + torch.rand(d_sae, 1, generator=generator))
+        if hasattr(sae, "W_skip"):
+            sae.W_skip.copy_(torch.randn(d_out, d_in, generator=generator) / d_in**0.5)
         sae.W_enc.copy_(torch.randn(d_in, d_sae, generator=generator) / d_in**0.5)
         directory = workdir / "saelens-made" / name
         sae.save_model(directory)
         acts = sae.encode(rows)
-        told = {"rows": rows, "feature_acts": acts, "reconstruction": sae.decode(acts)}
+        again = sae(rows) if hasattr(sae, "W_skip") else sae.decode(acts)
+        told = {"rows": rows, "feature_acts": acts, "reconstruction": again}
         save_file(told, directory / "outputs.safetensors")
 
 
@@ -119,7 +133,8 @@ def main(workdir: Path, names: list[str]) -> int:
     same = [check(workdir, format, name) for format, name in there]
     for name in names:
         saved = workdir / "saelens-saved" / name
-        SAE.load_from_disk(exports / "saelens" / name).save_model(saved)
+        if (exports / "saelens" / name).exists():
+            SAE.load_from_disk(exports / "saelens" / name).save_model(saved)
     make_dictionaries(workdir, names[0])
     return 0 if all(same) else 1
 

@@ -21,6 +21,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "batchtopk": {"k": K},
     "gated": {"l1_coefficient": 1.0},
     "jumprelu": {"l0_target": K},
+    "matryoshka": {"k": K},
+    "switch": {"k": K, "experts": 4},
+    "transcoder": {"l1_coefficient": 1.0, "hook_out": "blocks.1.mlp.hook_out"},
 }
 """Settings that each kind needs; a new kind adds its own."""
 KINDS = sorted(SETTINGS)
@@ -42,8 +45,8 @@ def trained(kind: str, seed: int = 0) -> SAE:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        if kind == "batchtopk":
-            sae.get_buffer("threshold").fill_(0.4)
+        for threshold in sae.buffers():
+            threshold.fill_(0.4)
     sae.fold_scale(SCALE)
     return sae.eval().requires_grad_(False)
 
@@ -86,13 +89,15 @@ def write_saelens(
         "d_sae": d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": kind != "transcoder",
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.54.0", "hook_name": "blocks.1.hook_out", "model_name": "m"},
     }
     if kind == "topk":
         config |= {"k": K, "rescale_acts_by_decoder_norm": False}
+    if kind == "transcoder":
+        config["d_out"] = d_in
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cfg.json").write_text(json.dumps(config | (fields or {})))
     safetensors.torch.save_file(made, directory / "sae_weights.safetensors")

@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from penstock.common.errors import UserError
+from penstock.common.model.files import ModelSettings, find_model
 from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.store.corpus import HELD_OUT, Corpus
 from penstock.trainer.evaluate import density, evaluate, recovered
-from penstock.trainer.kinds import SAESettings, TopKSettings
+from penstock.trainer.kinds import SAESettings, TopKSettings, TranscoderSettings
 from penstock.trainer.kinds.base import Schedule, StepResult
 from penstock.trainer.sae import SAE, build
 from services.lm import MLP_2, RESID_3, shipped_model, shipped_tokenizer, write_text
@@ -109,6 +111,49 @@ def test_each_hook_point_has_its_own_zero(result: dict[str, Any]) -> None:
     assert half["ce_recovered"] == pytest.approx(
         recovered(half["ce_clean"], half["ce_spliced"], half["ce_zero"])
     )
+
+
+MLP_OUT = "blocks.2.mlp.hook_out"
+
+
+@pytest.fixture(scope="module")
+def projection() -> SAE:
+    """The model's own map from an MLP's activations to its output, as a transcoder's skip connection."""
+    (file,) = find_model(ModelSettings()).weight_files()
+    weights = safetensors.torch.load_file(file)
+    name = next(key for key in weights if key.endswith("h.2.mlp.c_proj.weight"))
+    settings = TranscoderSettings(
+        name="t", architecture="transcoder", hook_name=MLP_2, hook_out=MLP_OUT, d_sae=4, k=1, skip=True
+    )
+    sae = build(768, settings, 192)
+    sae.initialise(0, None)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e9)
+        sae.get_parameter("W_skip").copy_(weights[name].float())
+        sae.b_dec.copy_(weights[name.replace("weight", "bias")].float())
+    sae.fold_scale(1.0, 1.0)
+    return sae.eval().requires_grad_(False)
+
+
+def test_a_transcoder_is_evaluated_at_its_output(corpus: Corpus, projection: SAE) -> None:
+    """One that computes what the model computes recovers everything; one that gives zeros, nothing."""
+    nothing = Known(768, 0.0)
+    nothing.decode = lambda feature_acts: torch.zeros(len(feature_acts), 192)  # type: ignore[method-assign]
+    pair = (MLP_2, MLP_OUT)
+    saes: dict[str, tuple[tuple[str, str], SAE]] = {"whole": (pair, projection), "nothing": (pair, nothing)}
+    result = evaluate(shipped_model(), corpus, saes, SEQUENCES, batch_sequences=2)
+    whole, zero = result["saes"]["whole"], result["saes"]["nothing"]
+    # captured activations are rounded to bfloat16
+    assert whole["explained_variance"] == pytest.approx(1.0, abs=5e-5)
+    assert whole["ce_recovered"] == pytest.approx(1.0, abs=1e-3)
+    assert whole["loss"] < 1e-4 * zero["loss"]
+    assert zero["ce_recovered"] == pytest.approx(0.0, abs=1e-6)
+    x = kept_rows(corpus, MLP_OUT)
+    residual, total = float((x**2).sum()), float(((x - x.mean(axis=0)) ** 2).sum())
+    assert zero["explained_variance"] == pytest.approx(1 - residual / total, abs=1e-6)
+    alone = evaluate(shipped_model(), corpus, {"zero": (MLP_OUT, Known(192, 0.0))}, SEQUENCES)
+    assert zero["ce_zero"] == pytest.approx(alone["saes"]["zero"]["ce_zero"], abs=1e-4)
+    assert result["controls"]["identity_ce_recovered"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_clean_cross_entropy_is_the_models_own(result: dict[str, Any], corpus: Corpus) -> None:

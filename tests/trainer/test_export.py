@@ -24,8 +24,11 @@ ORIGIN = origin.Origin(
     "a", "blocks.1.hook_out", "run-1", "model", context=128, bos=True, drop_special=True, corpus="text"
 )
 
-AS_SAELENS = {kind: kind for kind in KINDS} | {"batchtopk": "jumprelu"}
-"""Kind -> what SAELens calls it."""
+AS_SAELENS = {kind: kind for kind in KINDS if (kind, "saelens") not in CANNOT and kind != "transcoder"} | {
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+}
+"""Kind -> what SAELens calls it. Transcoders have tests of their own."""
 
 Shapes = dict[str, tuple[torch.dtype, list[int]]]
 F32 = torch.float32
@@ -46,7 +49,7 @@ def export(sae: SAE, directory: Path, format: str) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(AS_SAELENS))
 class TestSaelens:
     def test_tensors_are_those_that_its_strict_loading_wants(self, kind: str, tmp_path: Path) -> None:
         vectors = {"gated": ["b_gate", "b_mag", "r_mag"]}.get(kind, ["b_enc"])
@@ -186,6 +189,26 @@ class TestDictionaryLearning:
         torch.testing.assert_close(acts @ told["W_dec"] + told["b_dec"], sae(x), rtol=1e-5, atol=1e-5)
         trainer = json.loads((tmp_path / "x" / "config.json").read_text())["trainer"]
         assert trainer["dict_class"] == "JumpReluAutoEncoder"
+
+    def test_matryoshka(self, tmp_path: Path) -> None:
+        sae, x = trained("matryoshka"), rows()
+        told = export(sae, tmp_path / "x", "dictionary-learning")
+        groups = told.pop("group_sizes")
+        assert groups.tolist() == [1, 3, 5, 10, 21]
+        assert shapes(told) == {
+            "W_enc": (F32, [D, S]),
+            "b_enc": (F32, [S]),
+            "W_dec": (F32, [S, D]),
+            "b_dec": (F32, [D]),
+            "k": (torch.int32, []),
+            "threshold": (F32, []),
+        }
+        acts = ((x - told["b_dec"]) @ told["W_enc"] + told["b_enc"]).relu()
+        acts = acts * (acts > told["threshold"])
+        torch.testing.assert_close(acts, sae.encode(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(acts @ told["W_dec"] + told["b_dec"], sae(x), rtol=1e-5, atol=1e-5)
+        trainer = json.loads((tmp_path / "x" / "config.json").read_text())["trainer"]
+        assert (trainer["dict_class"], trainer["k"]) == ("MatryoshkaBatchTopKSAE", K)
 
     def test_batchtopk(self, tmp_path: Path) -> None:
         sae, x = trained("batchtopk"), rows()

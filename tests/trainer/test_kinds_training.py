@@ -163,16 +163,17 @@ def test_directions_have_unit_norm_after_every_step_and_after_loading(name: str)
     loaded = build(D, training.settings)
     weights = training.weights()
     scale = float(weights.pop("scale"))
+    weights.pop("scale_out", None)
     loaded.load_state_dict(weights)
     loaded.fold_scale(scale)
     check(loaded.directions() * scale)
 
 
 @pytest.mark.parametrize("l0", [2, 4, 7])
-@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
 def test_l0_is_held_at_the_end_of_training(kind: str, l0: int) -> None:
     """On rows that were not trained on, by `encode`."""
-    own: dict[str, Any] = {"k": l0} if kind == "batchtopk" else {"l0_target": l0}
+    own: dict[str, Any] = {"l0_target": l0} if kind == "jumprelu" else {"k": l0}
     settings: SAESettings = settings_of(kind, d_sae=64, lr=5e-3, lr_warmup_steps=20, **own)
     training = SAETraining(D, settings, CPU)
     training.initialise(rows(2000, 10_000))

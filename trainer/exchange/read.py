@@ -32,13 +32,14 @@ class Source:
     Attributes:
         fields: cfg.json without what says nothing about the function: metadata and device.
         weights: bytes of the weights file.
-        name, hook_name: what its metadata says, or stand-ins.
+        name, hook_name, hook_out: what its metadata says, or stand-ins.
     """
 
     fields: dict[str, Any]
     weights: bytes
     name: str
     hook_name: str
+    hook_out: str = "unknown"
 
 
 def load_saelens(directory: str | Path) -> SAE:
@@ -54,7 +55,8 @@ def load_saelens(directory: str | Path) -> SAE:
         UserError: not such a dictionary, or one that cannot be represented here.
     """
     source = read_saelens(directory)
-    return assemble(source.fields, source.weights, str(directory), source.name, source.hook_name)
+    told = (source.name, source.hook_name, source.hook_out)
+    return assemble(source.fields, source.weights, str(directory), *told)
 
 
 def read_saelens(directory: str | Path) -> Source:
@@ -80,12 +82,14 @@ def read_saelens(directory: str | Path) -> Source:
         )
     own = metadata.get("penstock")
     name = own.get("sae") if isinstance(own, dict) else None
-    hook_name = metadata.get("hook_name")
+    hooks = [metadata.get(key) for key in ("hook_name", "hook_name_out")]
+    hook_name, hook_out = (hook if isinstance(hook, str) else "unknown" for hook in hooks)
     return Source(
         fields=data,
         weights=_read_weights(folder, str(directory)),
         name=_as_name(name if isinstance(name, str) else folder.resolve().name),
-        hook_name=hook_name if isinstance(hook_name, str) else "unknown",
+        hook_name=hook_name,
+        hook_out=hook_out,
     )
 
 
@@ -113,6 +117,7 @@ class _Config(BaseModel):
     architecture: str
     d_in: PositiveInt
     d_sae: PositiveInt
+    d_out: PositiveInt | None = None
     dtype: str = "float32"
     apply_b_dec_to_input: bool = True
     normalize_activations: str = "none"
@@ -126,7 +131,12 @@ class _Own(Settings):
 
 
 def assemble(
-    fields: dict[str, Any], weights: bytes, where: str, name: str = "imported", hook_name: str = "unknown"
+    fields: dict[str, Any],
+    weights: bytes,
+    where: str,
+    name: str = "imported",
+    hook_name: str = "unknown",
+    hook_out: str = "unknown",
 ) -> SAE:
     """The module of a SAELens dictionary, taking raw activations.
 
@@ -145,21 +155,26 @@ def assemble(
             f"{nearest(config.architecture, FROM_SAELENS)} Can be: {', '.join(FROM_SAELENS)}."
         )
     _check_config(config, where)
-    settings = {
+    settings: dict[str, object] = {
         "name": name,
         "hook_name": hook_name,
         "architecture": architecture_of(kind),
         "d_sae": config.d_sae,
     } | module_of(architecture_of(kind)).settings_from_saelens(fields)
-    sae = build(config.d_in, parse(_Own, {"imported": settings}, f"{where}/{CONFIG}").imported)
-    k = getattr(sae.settings, "k", 0)
+    if "hook_out" in kind.Settings.model_fields:
+        settings["hook_out"] = hook_out
+    own = parse(_Own, {"imported": settings}, f"{where}/{CONFIG}").imported
+    sae = build(config.d_in, own, config.d_out if len(own.hooks) > 1 else None)
+    k = getattr(sae.settings, "k", None) or 0
     if k > config.d_sae:
         raise UserError(f"{where}/{CONFIG}: k is {k}, more than its d_sae of {config.d_sae}")
     sae.folded_scale = 1.0
+    if not sae.subtracts_b_dec:
+        _check_uncentred(config, where)
     tensors = _parse_weights(weights, f"{where}/{WEIGHTS}")
     _check_tensors(tensors, sae.to_saelens().tensors, f"{where}/{WEIGHTS}")
     tensors = {name: tensor.to(_type_of(config.dtype)).float() for name, tensor in tensors.items()}
-    if not config.apply_b_dec_to_input:
+    if sae.subtracts_b_dec and not config.apply_b_dec_to_input:
         tensors |= sae.centre(tensors)
     try:
         sae.adopt_saelens(Foreign(config.architecture, fields, tensors))
@@ -211,3 +226,13 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], where:
             raise UserError(f"{where}: {name} is {tensor.dtype}; save it as {', '.join(TYPES)}")
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {name} holds values that are not finite")
+
+
+def _check_uncentred(config: _Config, where: str) -> None:
+    if config.apply_b_dec_to_input:
+        raise UserError(
+            f"{where}/{CONFIG}: apply_b_dec_to_input: true does not go with {config.architecture}: its b_dec "
+            "belongs to its output"
+        )
+    if config.d_out is None:
+        raise UserError(f"{where}/{CONFIG}: d_out is missing")

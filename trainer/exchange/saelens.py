@@ -40,6 +40,8 @@ def files(sae: SAE, origin: Origin) -> dict[str, bytes]:
             "corpus_digest": origin.corpus_digest,
         },
     }
+    if len(sae.settings.hooks) > 1:
+        metadata["hook_name_out"] = sae.settings.hooks[1]
     config = {
         "architecture": there.kind,
         "d_in": sae.d_in,

@@ -10,8 +10,11 @@ from penstock.trainer.kinds.base import Kind, SAESettings
 from penstock.trainer.kinds.batchtopk import BatchTopK, BatchTopKSettings
 from penstock.trainer.kinds.gated import Gated, GatedSettings
 from penstock.trainer.kinds.jumprelu import JumpReLU, JumpReLUSettings
+from penstock.trainer.kinds.matryoshka import Matryoshka, MatryoshkaSettings
 from penstock.trainer.kinds.standard import Standard, StandardSettings
+from penstock.trainer.kinds.switch import Switch, SwitchSettings
 from penstock.trainer.kinds.topk import TopK, TopKSettings
+from penstock.trainer.kinds.transcoder import Transcoder, TranscoderSettings
 
 
 def architecture_of(kind: type[Kind]) -> str:
@@ -28,12 +31,15 @@ KINDS: dict[str, type[Kind]] = {
         BatchTopK,
         Gated,
         JumpReLU,
+        Matryoshka,
+        Switch,
+        Transcoder,
     )
 }
 """Architecture -> kind."""
 
 FROM_SAELENS: dict[str, type[Kind]] = {
-    kind.from_saelens: kind for kind in KINDS.values() if kind.from_saelens
+    theirs: kind for kind in KINDS.values() for theirs in kind.from_saelens
 }
 """SAELens architecture -> the kind that it becomes here."""
 
@@ -56,8 +62,11 @@ __all__ = [
     "GatedSettings",
     "JumpReLUSettings",
     "Kind",
+    "MatryoshkaSettings",
     "SAESettings",
     "StandardSettings",
+    "SwitchSettings",
     "TopKSettings",
+    "TranscoderSettings",
     "architecture_of",
 ]

@@ -34,7 +34,7 @@ else:
     class Kind:
         """The methods that make a kind; `self` is an `SAE`."""
 
-        from_saelens = None
+        from_saelens = ()
 
 
 SAME_NORM = 1e-5
@@ -121,21 +121,6 @@ def keep_top(values: Tensor, k: int) -> Tensor:
     """[B, S] with all but each row's k largest values set to zero, and negative ones too."""
     top = values.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(values).scatter_(-1, top.indices, torch.relu(top.values))
-
-
-def keep_top_of_batch(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Keep the B·k largest of [B, S], whatever rows they are in.
-
-    Returns:
-        [B, S] with all others set to zero, and negative ones too; and the smallest positive one kept,
-        infinity if there is none (scalar, no gradient).
-    """
-    top = values.flatten().topk(min(k, values.shape[1]) * len(values), sorted=False)
-    positive = torch.relu(top.values)
-    kept = torch.zeros_like(values).flatten().scatter_(0, top.indices, positive).view_as(values)
-    # the infinity among them is for batches where nothing is active, or that have no rows
-    found = positive.detach().masked_fill(positive.detach() <= 0, float("inf"))
-    return kept, torch.cat([found, found.new_full((1,), float("inf"))]).min()
 
 
 def refuse_many_norms(sae: SAE) -> None:

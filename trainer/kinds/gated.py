@@ -39,7 +39,7 @@ class Gated(Kind):
     """See the module."""
 
     Settings = GatedSettings
-    from_saelens = "gated"
+    from_saelens = ("gated",)
     encoder_vectors = ("b_gate", "b_mag", "r_mag")
     in_units_of_rows = ("b_gate", "b_mag", "b_dec")
     feature_axes = {"W_enc": 1, "b_gate": 0, "b_mag": 0, "r_mag": 0, "W_dec": 0}

@@ -62,7 +62,7 @@ class JumpReLU(Kind):
     """
 
     Settings = JumpReLUSettings
-    from_saelens = "jumprelu"
+    from_saelens = ("jumprelu",)
     in_units_of_rows = ("b_enc", "b_dec", "threshold")
     feature_axes = {"W_enc": 1, "b_enc": 0, "threshold": 0, "W_dec": 0}
     settings: JumpReLUSettings

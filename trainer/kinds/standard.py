@@ -55,7 +55,7 @@ class Standard(Kind):
     """See the module."""
 
     Settings = StandardSettings
-    from_saelens = "standard"
+    from_saelens = ("standard",)
     settled = ("tied",)
     settings: StandardSettings
 

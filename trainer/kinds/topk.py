@@ -42,7 +42,7 @@ class TopK(Kind):
     """See the module."""
 
     Settings = TopKSettings
-    from_saelens = "topk"
+    from_saelens = ("topk",)
     settled = ("k",)
     settings: TopKSettings
 
