@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from penstock.trainer.kinds.base import Schedule, keep_top_of_batch
+from penstock.trainer.kinds.base import Schedule
 from penstock.trainer.kinds.matryoshka import MatryoshkaSettings
 from penstock.trainer.sae import SAE, build
 from services.dictionaries import settings_of
@@ -56,7 +56,9 @@ def test_prefixes_that_are_not_nested_are_refused(prefixes: list[float]) -> None
 def test_the_loss_is_the_mean_over_the_prefixes() -> None:
     sae, x = made(prefixes=[8, 20]), rows()
     result = sae.training_pass(x, x, START, None)
-    acts, _ = keep_top_of_batch(sae.pre_acts(x), 3)
+    pre_acts = sae.pre_acts(x)
+    smallest = pre_acts.flatten().sort(descending=True).values[3 * B - 1]
+    acts = torch.relu(pre_acts) * (pre_acts >= smallest)
     losses = []
     for size in (8, 20, 32):
         again = acts[:, :size] @ sae.directions()[:size] + sae.b_dec

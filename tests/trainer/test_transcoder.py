@@ -94,7 +94,8 @@ def test_data_may_be_where_its_encoder_starts() -> None:
     x = rows().bfloat16()
     training.initialise(x, targets=rows(D_OUT).bfloat16())
     units = torch.nn.functional.normalize(x.float(), dim=1)
-    cosines = training.sae.W_enc.detach().T @ units.T
+    encoder = torch.nn.functional.normalize(training.sae.W_enc.detach(), dim=0)
+    cosines = encoder.T @ units.T
     assert float(cosines.amax(dim=1).min()) > 0.999
 
 
