@@ -7,13 +7,14 @@ SOURCE ?= light
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo toy test interop test-services chaos check format bench clean
+.PHONY: help install demo toy test interop peers test-services chaos check format bench clean
 
 help:
 	@echo "make demo WORKDIR=dir   language model -> activations -> SAEs -> report, on this machine"
 	@echo "make toy WORKDIR=dir    a grid of SAEs on data whose features are known -> sweep.html, toy-summary.json"
 	@echo "make test               tests that need nothing but Python packages"
 	@echo "make interop            exports and imports against SAELens, dictionary_learning and sparsify"
+	@echo "make peers WORKDIR=dir  quality of dictionaries beside these libraries', on the same batches (hours)"
 	@echo "make test-services      tests against servers and a browser from Debian packages"
 	@echo "make chaos KILLS=n SEED=s STORE=local|moto|ceph SOURCE=light|lm"
 	@echo "                        kill everything at random; nothing may come out different"
@@ -49,6 +50,9 @@ test: .venv/installed-dev
 
 interop: .venv/installed-dev .venv-interop/installed
 	PYTHONPATH=tests $(BIN)/python -m interop .venv-interop/work .venv-interop/bin/python
+
+peers: .venv/installed-dev .venv-interop/installed
+	$(BIN)/python -m benchmarks.quality $(or $(WORKDIR),peers)
 
 test-services: .venv/installed-dev
 	$(BIN)/pytest -m services

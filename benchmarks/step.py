@@ -3,21 +3,33 @@
 A dense step needs five products: the two of the forward pass, the gradient of the feature activations,
 and one gradient per weight matrix. AuxK adds three. They run on operands that lie ready, into outputs
 that are allocated once, in the type that the step computes in: float32 on a CPU, bfloat16 on CUDA.
-A TopK step has few non-zero activations, so only its encoder has to be dense: that one is shown too.
+A TopK step has few non-zero activations, so only its encoder has to be dense: that one is shown too. Peers
+step in processes of their own, which wait while others work; their time is taken inside.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import Case, Work, take_turns
+from benchmarks.peer import PYTHON, Peer
 from penstock.trainer.kinds import SAESettings, StandardSettings, TopKSettings
 from penstock.trainer.kinds.base import Schedule
 from penstock.trainer.step import SAETraining
 
 D_IN, D_SAE, BATCH_ROWS, K = 512, 4096, 2048, 32
 N_BATCHES = 4
+
+PEERS = [
+    ("standard", "saelens", "5.0"),
+    ("standard", "dictionary_learning", "5.0"),
+    (f"topk, k {K}", "saelens", str(K)),
+    (f"topk, k {K}", "dictionary_learning", str(K)),
+    (f"topk, k {K}", "sparsify", str(K)),
+]
+"""Case, library, and what sets the sparsity."""
 
 STANDARD = StandardSettings(
     name="standard", hook_name="synthetic", d_sae=D_SAE, architecture="standard", l1_coefficient=5.0
@@ -46,17 +58,31 @@ def run(quick: bool, device: torch.device) -> list[Case]:
         },
     }
     shape = f"d_in {D_IN}, d_sae {D_SAE:,}, batch {BATCH_ROWS:,}, {products.dtype}".replace("torch.", "")
-    return [
-        Case(
-            "step",
-            f"{kind}: {shape}",
-            "ms",
-            1,
-            torch.get_num_threads(),
-            take_turns(rivals, rounds, device),
-        )
-        for kind, rivals in contenders.items()
-    ]
+    notes = []
+    with ExitStack() as stack:
+        if device.type == "cpu" and Peer.available():
+            for kind, library, sparsity in PEERS:
+                peer = stack.enter_context(_peer(library, kind.split(",")[0], sparsity))
+                contenders[kind][library] = peer.round
+        else:
+            notes.append(f"peers left out: on CPUs, where `make interop` made {PYTHON}")
+        return [
+            Case(
+                "step",
+                f"{kind}: {shape}",
+                "ms",
+                1,
+                torch.get_num_threads(),
+                take_turns(rivals, rounds, device),
+                notes,
+            )
+            for kind, rivals in contenders.items()
+        ]
+
+
+def _peer(library: str, kind: str, sparsity: str) -> Peer:
+    shape = (D_IN, D_SAE, BATCH_ROWS, torch.get_num_threads())
+    return Peer("benchmarks.peers.steps", library, kind, sparsity, *shape)
 
 
 def _step(

@@ -1,5 +1,6 @@
 """dictionary_learning's own trainers on rows that are given to them. See `jobs`."""
 
+from collections.abc import Callable
 from typing import Any
 
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
@@ -9,7 +10,7 @@ from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchT
 from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
 
-from benchmarks.peers.jobs import Rows, Trained, serve
+from benchmarks.peers.jobs import Step, Trained, serve
 
 
 def _trainer(job: dict[str, Any], d_in: int) -> Any:
@@ -45,14 +46,12 @@ def _trainer(job: dict[str, Any], d_in: int) -> Any:
     raise KeyError(kind)
 
 
-def train(job: dict[str, Any], rows: Rows) -> Trained:
-    trainer = _trainer(job, rows.d_in)
+def begin(job: dict[str, Any], d_in: int) -> tuple[Step, Callable[[], Trained]]:
+    trainer = _trainer(job, d_in)
     if hasattr(trainer, "dead_feature_threshold"):
         trainer.dead_feature_threshold = job["dead_after"]
-    for step, batch in enumerate(rows.batches(job)):
-        trainer.update(step, batch)
-    return trainer.ae.encode, trainer.ae.decode
+    return trainer.update, lambda: (trainer.ae.encode, trainer.ae.decode)
 
 
 if __name__ == "__main__":
-    serve(train)
+    serve(begin)

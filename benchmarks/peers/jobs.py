@@ -21,6 +21,10 @@ import torch
 Encode = Callable[[torch.Tensor], torch.Tensor]
 Trained = tuple[Encode, Encode]
 """What gives feature activations of rows, and reconstructions of feature activations."""
+Step = Callable[[int, torch.Tensor], None]
+"""One training step: its number, and rows [B, D]."""
+Begin = Callable[[dict[str, Any], int], tuple[Step, Callable[[], Trained]]]
+"""From a job and d_in to the steps of its training, and what ends it."""
 
 
 class Rows:
@@ -39,7 +43,7 @@ class Rows:
             yield rows.float() * self._scale
 
 
-def serve(train: Callable[[dict[str, Any], Rows], Trained]) -> None:
+def serve(begin: Begin) -> None:
     """Do the jobs that come on standard input."""
     torch.set_num_threads(int(sys.argv[2]))
     rows = Rows(Path(sys.argv[1]))
@@ -48,7 +52,10 @@ def serve(train: Callable[[dict[str, Any], Rows], Trained]) -> None:
         job = json.loads(line)
         torch.manual_seed(job["seed"])
         started = time.perf_counter()
-        encode, decode = train(job, rows)
+        step, finish = begin(job, rows.d_in)
+        for number, batch in enumerate(rows.batches(job)):
+            step(number, batch)
+        encode, decode = finish()
         seconds = time.perf_counter() - started
         with torch.no_grad():
             acts = encode(rows.held_out)

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
@@ -17,7 +18,7 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEC
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from benchmarks.peers.jobs import Rows, Trained, serve
+from benchmarks.peers.jobs import Step, Trained, serve
 
 
 def _standard(shape: dict[str, Any], job: dict[str, Any]) -> Any:
@@ -61,8 +62,8 @@ KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
 }
 
 
-def train(job: dict[str, Any], rows: Rows) -> Trained:
-    shape = {"d_in": rows.d_in, "d_sae": job["d_sae"], "device": "cpu", "dtype": "float32"}
+def begin(job: dict[str, Any], d_in: int) -> tuple[Step, Callable[[], Trained]]:
+    shape = {"d_in": d_in, "d_sae": job["d_sae"], "device": "cpu", "dtype": "float32"}
     sae = KINDS[job["kind"]](shape, job)
     config = SAETrainerConfig(
         total_training_samples=job["steps"] * job["batch_rows"],
@@ -73,13 +74,22 @@ def train(job: dict[str, Any], rows: Rows) -> Trained:
         lr_decay_steps=job["decay"],
         dead_feature_window=max(1, job["dead_after"] // job["batch_rows"]),
     )
-    trained = SAETrainer(config, sae, rows.batches(job)).fit()
-    # as its users run it: saved for inference, and loaded
-    with tempfile.TemporaryDirectory() as directory:
-        trained.save_inference_model(directory)
-        sae = SAE.load_from_disk(directory)
-    return sae.encode, sae.decode
+    trainer = SAETrainer(config, sae, iter(()))
+
+    def step(number: int, rows: torch.Tensor) -> None:
+        trainer.maybe_reset_sparsity()
+        trainer.step(rows)
+        trainer.n_training_steps += 1
+
+    def finish() -> Trained:
+        # as its users run it: saved for inference, and loaded
+        with tempfile.TemporaryDirectory() as directory:
+            sae.save_inference_model(directory)
+            loaded = SAE.load_from_disk(directory)
+        return loaded.encode, loaded.decode
+
+    return step, finish
 
 
 if __name__ == "__main__":
-    serve(train)
+    serve(begin)
