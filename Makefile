@@ -15,7 +15,7 @@ help:
 	@echo "make test               tests that need nothing but Python packages"
 	@echo "make interop            exports and imports against SAELens, dictionary_learning and sparsify"
 	@echo "make peers WORKDIR=dir  quality of dictionaries beside these libraries', on the same batches (hours)"
-	@echo "make test-services      tests against servers and a browser from Debian packages"
+	@echo "make test-services      tests against servers and a browser from Debian packages, and long ones"
 	@echo "make chaos KILLS=n SEED=s STORE=local|moto|ceph SOURCE=light|lm"
 	@echo "                        kill everything at random; nothing may come out different"
 	@echo "make check              ruff and mypy"
@@ -40,7 +40,7 @@ toy: .venv/installed
 	$(BIN)/penstock sweep examples/toy.yaml --workdir $(or $(WORKDIR),toy)
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile -m "not services"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not services and not long"
 
 # also for whatever else compares with these libraries
 .venv-interop/installed: tests/interop/requirements.txt
@@ -55,7 +55,7 @@ peers: .venv/installed-dev .venv-interop/installed
 	$(BIN)/python -m benchmarks.quality $(or $(WORKDIR),peers)
 
 test-services: .venv/installed-dev
-	$(BIN)/pytest -m services
+	$(BIN)/pytest -m "services or long"
 
 chaos: .venv/installed-dev
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) --store $(STORE) --source $(SOURCE)

@@ -18,6 +18,7 @@ def survives(reference: Facts, kills: int, store: str, seed: int) -> None:
     assert result.ok, result
 
 
+@pytest.mark.long
 def test_random_faults_change_nothing_on_files(scenario_facts: Facts) -> None:
     survives(scenario_facts, 6, "local", 1)
 

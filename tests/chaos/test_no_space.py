@@ -14,6 +14,8 @@ from chaos.scenario import Scenario, Worker
 from penstock.common.embedded import EmbeddedServer
 from services.synthetic import write_dataset
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
