@@ -6,6 +6,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from chaos.compare import Facts
 from chaos.light import light_plan
 from chaos.scenario import CHUNKS, Scenario, Worker
@@ -37,6 +39,7 @@ def make_everything(scenario: Scenario) -> None:
 # Redis forgets
 
 
+@pytest.mark.long
 def test_redis_wiped_three_times_and_rolled_back_changes_nothing(
     tmp_path: Path, scenario_facts: Facts
 ) -> None:

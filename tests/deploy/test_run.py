@@ -117,6 +117,7 @@ def test_kills_and_the_number_of_producers_change_no_byte(small_run: Path, three
     assert summary_of(three_producers)["training"]["takeovers"] >= 1
 
 
+@pytest.mark.long
 def test_two_producers_make_the_same_dataset(small_run: Path, tmp_path: Path) -> None:
     config = small_config(tmp_path / "work", producers=2, trainers=0, runs=[])
     result = penstock("run", write_config(tmp_path / "config.yaml", config))
@@ -125,6 +126,7 @@ def test_two_producers_make_the_same_dataset(small_run: Path, tmp_path: Path) ->
     assert tree_digests(tmp_path / "work" / "dataset", leave_out=("provenance",)) == undisturbed
 
 
+@pytest.mark.long
 def test_streaming_and_replay_give_the_same_weights(small_run: Path, tmp_path: Path) -> None:
     """Training again on the finished dataset, which is then read as fast as it can be."""
     config = small_config(tmp_path / "work", dataset__url=str(small_run / "dataset"))

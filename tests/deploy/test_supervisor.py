@@ -529,6 +529,7 @@ def test_phases_without_a_stop_event_end_with_the_supervisor(tmp_path: Path, com
 # The real thing
 
 
+@pytest.mark.long
 def test_a_killed_supervisor_leaves_nothing_and_the_next_run_finishes(
     small_run: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ROOMS = ("common", "store", "producer", "trainer", "deploy")
 
@@ -34,6 +36,7 @@ def put_in(file: Path, line_before: str, text: str) -> None:
     file.write_text(code.replace(line_before, line_before + text), encoding="utf-8")
 
 
+@pytest.mark.long
 def test_the_pages_kind_passes_what_every_kind_must(tmp_path: Path) -> None:
     kind, import_line, registry_line, settings_line, formats = blocks()
     copy = copied(tmp_path)
