@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from penstock.trainer.kinds.base import SAESettings, squared_error, torch
+from penstock.trainer.kinds.base import SAESettings, StepResult, squared_error, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from penstock.trainer.sae import SAE
-    from penstock.trainer.sparse import PreActs
+    from penstock.trainer.sparse import Few, PreActs
 
 
 class AuxKSettings(SAESettings):
@@ -45,3 +45,16 @@ def auxiliary_loss(sae: SAE, pre_acts: PreActs, dead: Tensor, error: Tensor, dir
     aux = squared_error(error.detach() - dead_acts.decode(directions))
     # early on the auxiliary loss can overflow; a step without it is better than none
     return torch.nan_to_num(aux, nan=0.0, posinf=0.0)
+
+
+def reconstructed(sae: SAE, pre_acts: PreActs, acts: Few, target: Tensor, dead: Tensor | None) -> StepResult:
+    """What a step gives once it is decided which activations are kept."""
+    directions = sae.directions()
+    reconstruction = acts.decode(directions) + sae.b_dec
+    error = target - reconstruction
+    mse = squared_error(error)
+    components, loss = {"mse": mse}, mse
+    if dead is not None:
+        components["aux"] = auxiliary_loss(sae, pre_acts, dead, error, directions)
+        loss = loss + sae.settings.aux_coefficient * components["aux"]
+    return StepResult(loss, components, reconstruction, acts.active())

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
-from penstock.trainer.kinds.auxk import AuxKSettings, auxiliary_loss
+from penstock.trainer.kinds.auxk import AuxKSettings, reconstructed
 from penstock.trainer.kinds.base import (
     Kind,
     Schedule,
     StepResult,
     refuse_many_norms,
-    squared_error,
     torch,
 )
 from penstock.trainer.kinds.foreign import Foreign, by_input, by_output, plain
@@ -68,17 +67,7 @@ class BatchTopK(Kind):
         pre_acts = PreActs.of(centred, self.W_enc, bias)
         acts = pre_acts.top_of_batch(self.settings.k)
         self.follow(acts.smallest())
-        directions = self.directions()
-        reconstruction = acts.decode(directions) + self.b_dec
-        error = target - reconstruction
-        mse = squared_error(error)
-        components = {"mse": mse}
-        loss = mse
-        if dead is not None:
-            aux = auxiliary_loss(self, pre_acts, dead, error, directions)
-            components["aux"] = aux
-            loss = loss + self.settings.aux_coefficient * aux
-        return StepResult(loss, components, reconstruction, acts.active())
+        return reconstructed(self, pre_acts, acts, target, dead)
 
     def follow(self, smallest: Tensor) -> None:
         """Move the threshold towards the smallest activation that a batch kept.

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
-from penstock.trainer.kinds.auxk import AuxKSettings, auxiliary_loss
+from penstock.trainer.kinds.auxk import AuxKSettings, reconstructed
 from penstock.trainer.kinds.base import (
     Kind,
     Schedule,
     StepResult,
     keep_top,
     refuse_many_norms,
-    squared_error,
     torch,
 )
 from penstock.trainer.kinds.foreign import Foreign, by_input, by_output, plain
@@ -60,17 +59,7 @@ class TopK(Kind):
         centred, bias = self.centred(x)
         pre_acts = PreActs.of(centred, self.W_enc, bias)
         acts = pre_acts.top_of_rows(self.k)
-        directions = self.directions()
-        reconstruction = acts.decode(directions) + self.b_dec
-        error = target - reconstruction
-        mse = squared_error(error)
-        components = {"mse": mse}
-        loss = mse
-        if dead is not None:
-            aux = auxiliary_loss(self, pre_acts, dead, error, directions)
-            components["aux"] = aux
-            loss = loss + self.settings.aux_coefficient * aux
-        return StepResult(loss, components, reconstruction, acts.active())
+        return reconstructed(self, pre_acts, acts, target, dead)
 
     def to_saelens(self) -> Foreign:
         return Foreign("topk", {"k": self.k, "rescale_acts_by_decoder_norm": False}, by_input(self))
