@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import harvest, loader, object_store, step
+from benchmarks import groups, harvest, loader, object_store, step
 from benchmarks.measure import Case
 from penstock.common.device import device_kind
 from penstock.common.memory import keep_freed_memory
@@ -19,6 +19,7 @@ from penstock.common.memory import keep_freed_memory
 BENCHMARKS = {
     "loader": loader.run,
     "step": step.run,
+    "groups": groups.run,
     "harvest": harvest.run,
     "objects": object_store.run,
 }
@@ -28,7 +29,7 @@ BENCHMARKS = {
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
 @click.option("--quick", is_flag=True, help="Few rounds: to see that it works, not to quote.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
-@click.option("--device", default="cpu", help="torch device of loader and step.", show_default=True)
+@click.option("--device", default="cpu", help="torch device of loader, step and groups.", show_default=True)
 def main(names: tuple[str, ...], quick: bool, json_file: Path | None, device: str) -> None:
     """Measure NAMES (all by default) against their limits."""
     keep_freed_memory()

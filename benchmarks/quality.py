@@ -4,11 +4,12 @@
 
 Rows of one hook point of the model that ships with us are scaled to a mean squared norm of d_in and put into
 one order. Every library trains its own kinds with its own trainer on these batches, in an environment of its
-own. All have the same budget: each learning rate of `LEARNING_RATES` with the first seed, the best one on
-half of the held-out rows, then two more seeds. Where a coefficient sets the sparsity, each of these is up to
-`COEFFICIENTS` trainings, and the explained variance at the wanted L0 is read off the line between the nearest
-two. Figures are of the other half of the held-out rows. What was trained is kept in WORKDIR, so that an
-interrupted benchmark goes on.
+own. All have the same budget: with the first seed the two learning rates of `LEARNING_RATES`, then the next
+one beyond the better; two more seeds with the best of the three on half of the held-out rows. Each of these
+is up to `SPARSITIES` trainings until the wanted L0 lies close between two (or is met), and the explained
+variance there is read off the line through them, over log L0. Figures are of the other half of the held-out
+rows. What was trained is kept in WORKDIR, a file per kind, so that an interrupted benchmark goes on and
+kinds can be trained by several processes.
 """
 
 import json
@@ -39,8 +40,12 @@ from penstock.trainer.step import SAETraining
 HOOK = "blocks.3.hook_resid_post"
 TARGET = 32
 """Features active per row, on average."""
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-COEFFICIENTS = 4
+LEARNING_RATES = (2e-3, 4e-3)
+SPARSITIES = 4
+MET = 0.01
+"""Difference in L0, relative, that is taken for none."""
+CLOSE = 1.5
+"""L0 of two trainings over each other, for a line through them to be trusted."""
 SEEDS = 3
 HELD_OUT = 16_384
 WINDOW_STEPS = 32
@@ -52,7 +57,7 @@ class Contender:
     """A kind as a library has it.
 
     Attributes:
-        first: coefficient to begin with, where there is one; else the wanted L0 is told.
+        first: coefficient to begin with, where there is one; else it is told the wanted L0.
     """
 
     kind: str
@@ -62,13 +67,13 @@ class Contender:
 
 
 CONTENDERS = [
-    Contender("standard", OURS, "standard", 8.0),
-    Contender("standard", "saelens", "standard", 8.0),
-    Contender("standard", "dictionary_learning", "standard", 1.0),
-    Contender("standard", "dictionary_learning", "standard-april", 8.0),
-    Contender("gated", OURS, "gated", 8.0),
-    Contender("gated", "saelens", "gated", 8.0),
-    Contender("gated", "dictionary_learning", "gated", 8.0),
+    Contender("standard", OURS, "standard", 2.0),
+    Contender("standard", "saelens", "standard", 2.0),
+    Contender("standard", "dictionary_learning", "standard", 0.1),
+    Contender("standard", "dictionary_learning", "standard-april", 2.0),
+    Contender("gated", OURS, "gated", 2.0),
+    Contender("gated", "saelens", "gated", 2.0),
+    Contender("gated", "dictionary_learning", "gated", 2.0),
     Contender("topk", OURS, "topk"),
     Contender("topk", "saelens", "topk"),
     Contender("topk", "dictionary_learning", "topk"),
@@ -103,43 +108,45 @@ class Laboratory:
     def __init__(self, workdir: Path, shape: dict[str, int], threads: int, stack: ExitStack) -> None:
         self.shape = shape
         self._rows = workdir / "rows.safetensors"
-        self._results = workdir / f"results-{shape['steps']}-{shape['d_sae']}-{shape['batch_rows']}.json"
-        self._done: dict[str, Any] = json.loads(self._results.read_text()) if self._results.exists() else {}
-        self._out = workdir / "out.safetensors"
+        self._results = workdir / f"results-{shape['steps']}-{shape['d_sae']}-{shape['batch_rows']}"
+        self._results.mkdir(exist_ok=True)
         self._threads = threads
         self._stack = stack
-        self._peers: dict[str, Trainer] = {}
+        self._trainers: dict[str, Trainer] = {}
         rows = safetensors.torch.load_file(self._rows)
         self._held_out = rows["held_out"].float() * float(rows["scale"])
 
     def train(self, contender: Contender, lr: float, seed: int, sparsity: float) -> Result:
+        out = self._results / f"{contender.kind}.safetensors"
         job = self.shape | {
             "kind": contender.as_called_there,
             "lr": lr,
             "seed": seed,
             "sparsity": sparsity,
-            "out": str(self._out),
+            "out": str(out),
         }
         told = (contender.library, contender.as_called_there, f"{lr:g}", str(seed), f"{sparsity:.5g}")
         key = " ".join(told)
-        if key not in self._done:
+        file = self._results / f"{contender.kind}.json"
+        done = json.loads(file.read_text()) if file.exists() else {}
+        if key not in done:
             self._trainer(contender.library).train(job)
-            self._done[key] = self._measure()
-            self._results.write_text(json.dumps(self._done, indent=1))
-            click.echo(f"  {key:<60} {self._done[key]}")
-        return Result(**self._done[key])
+            done[key] = self._measure(out)
+            file.write_text(json.dumps(done, indent=1))
+            click.echo(f"  {key:<60} {done[key]}")
+        return Result(**done[key])
 
     def _trainer(self, library: str) -> "Trainer":
-        if library not in self._peers:
+        if library not in self._trainers:
             if library == OURS:
-                self._peers[library] = OurTrainer(self._rows, self._threads)
+                self._trainers[library] = OurTrainer(self._rows, self._threads)
             else:
                 peer = Peer(f"benchmarks.peers.{library}_train", self._rows, self._threads)
-                self._peers[library] = PeerTrainer(self._stack.enter_context(peer))
-        return self._peers[library]
+                self._trainers[library] = PeerTrainer(self._stack.enter_context(peer))
+        return self._trainers[library]
 
-    def _measure(self) -> dict[str, float]:
-        made = safetensors.torch.load_file(self._out)
+    def _measure(self, out: Path) -> dict[str, float]:
+        made = safetensors.torch.load_file(out)
         halves = []
         for part in range(2):
             rows, other = self._held_out[part::2].double(), made["reconstruction"][part::2].double()
@@ -228,40 +235,73 @@ def our_settings(job: dict[str, Any]) -> Any:
     return parse(RunSettings, {"name": "quality", "saes": [told]}, "quality").saes[0]
 
 
-def explained_at_target(
-    laboratory: Laboratory, contender: Contender, lr: float, seed: int
-) -> tuple[float, float, Result]:
-    """Explained variance on both halves at the wanted L0, and the training nearest to it."""
-    if contender.first is None:
-        result = laboratory.train(contender, lr, seed, TARGET)
-        return result.chosen_by, result.explained, result
-    tried = {contender.first: laboratory.train(contender, lr, seed, contender.first)}
-    while len(tried) < COEFFICIENTS:
-        following = _next_coefficient(tried)
-        tried[following] = laboratory.train(contender, lr, seed, following)
-    below = max((r for r in tried.values() if r.l0 <= TARGET), key=lambda r: r.l0, default=None)
-    above = min((r for r in tried.values() if r.l0 > TARGET), key=lambda r: r.l0, default=None)
-    if below is None or above is None:
-        return math.nan, math.nan, next(iter(tried.values()))
-    share = math.log(TARGET / below.l0) / math.log(above.l0 / below.l0) if below.l0 > 0 else 1.0
-    nearest = min(tried.values(), key=lambda r: abs(r.l0 - TARGET))
-    return (
-        below.chosen_by + share * (above.chosen_by - below.chosen_by),
-        below.explained + share * (above.explained - below.explained),
-        nearest,
+@dataclass(frozen=True)
+class Reading:
+    """Explained variance on both halves at the wanted L0, what was told for it, and the nearest training."""
+
+    chosen_by: float
+    explained: float
+    asked: tuple[float, ...]
+    nearest: Result
+
+
+def read_at_target(
+    laboratory: Laboratory, contender: Contender, lr: float, seed: int, begin: tuple[float, ...]
+) -> Reading | None:
+    """Train until the wanted L0 is met or lies between two trainings; None where it was not reached.
+
+    Args:
+        begin: sparsities to try first: what served another learning rate or seed.
+    """
+    tried: dict[float, Result] = {}
+    for number in range(SPARSITIES):
+        asked = begin[number] if number < len(begin) else _next_sparsity(contender, tried)
+        if asked in tried:
+            break
+        tried[asked] = laboratory.train(contender, lr, seed, asked)
+        nearest = min(tried, key=lambda value: abs(tried[value].l0 - TARGET))
+        if abs(tried[nearest].l0 / TARGET - 1) <= MET:
+            return Reading(tried[nearest].chosen_by, tried[nearest].explained, (nearest,), tried[nearest])
+        below, above = _beside(tried)
+        if below is not None and above is not None and tried[above].l0 <= CLOSE * tried[below].l0:
+            break
+    below, above = _beside(tried)
+    if below is None or above is None or tried[below].l0 == 0:
+        return None
+    low, high = tried[below], tried[above]
+    share = math.log(TARGET / low.l0) / math.log(high.l0 / low.l0)
+    return Reading(
+        low.chosen_by + share * (high.chosen_by - low.chosen_by),
+        low.explained + share * (high.explained - low.explained),
+        (below, above),
+        tried[nearest],
     )
 
 
-def _next_coefficient(tried: dict[float, Result]) -> float:
-    """By bisection once the wanted L0 lies between two, else by guessing that L0 falls in proportion."""
-    low = max((c for c, r in tried.items() if r.l0 > TARGET), default=None)
-    high = min((c for c, r in tried.items() if r.l0 <= TARGET), default=None)
-    if low is not None and high is not None:
-        return math.sqrt(low * high)
-    if low is not None:
-        return low * min(4.0, max(1.3, 1.2 * tried[low].l0 / TARGET))
-    assert high is not None
-    return high / min(4.0, max(1.3, 1.2 * TARGET / max(1.0, tried[high].l0)))
+def _beside(tried: dict[float, Result]) -> tuple[float | None, float | None]:
+    """What was told for the largest L0 up to the wanted one, and for the smallest above it."""
+    below = max((v for v, r in tried.items() if r.l0 <= TARGET), key=lambda v: tried[v].l0, default=None)
+    above = min((v for v, r in tried.items() if r.l0 > TARGET), key=lambda v: tried[v].l0, default=None)
+    return below, above
+
+
+def _next_sparsity(contender: Contender, tried: dict[float, Result]) -> float:
+    """A guess of what gives the wanted L0; a little beyond it until that lies between two."""
+    if not tried:
+        return TARGET if contender.first is None else contender.first
+    below, above = _beside(tried)
+    if contender.first is None:
+        if below is not None and above is not None:
+            return round((below + above) / 2)
+        value, result = max(tried.items(), key=lambda x: -abs(x[1].l0 - TARGET))
+        wanted = value * TARGET / max(1.0, result.l0)
+        return math.ceil(wanted) if result.l0 < TARGET else math.floor(wanted)
+    if below is not None and above is not None:
+        return math.sqrt(below * above)
+    if above is not None:
+        return above * min(4.0, max(1.15, 1.1 * tried[above].l0 / TARGET))
+    assert below is not None
+    return below / min(4.0, max(1.15, 1.1 * TARGET / max(1.0, tried[below].l0)))
 
 
 def compete(laboratory: Laboratory, kinds: list[str]) -> Iterator[dict[str, Any]]:
@@ -269,24 +309,39 @@ def compete(laboratory: Laboratory, kinds: list[str]) -> Iterator[dict[str, Any]
     for contender in CONTENDERS:
         if contender.kind not in kinds:
             continue
-        tried = {lr: explained_at_target(laboratory, contender, lr, 0) for lr in LEARNING_RATES}
-        known = {lr: found for lr, found in tried.items() if not math.isnan(found[0])}
-        if not known:
+        rates: dict[float, Reading] = {}
+        begin: tuple[float, ...] = ()
+        slow, fast = LEARNING_RATES
+        for lr in (slow, fast, None):
+            if lr is None:
+                lr = (
+                    2 * fast
+                    if max(rates, key=lambda r: rates[r].chosen_by, default=slow) == fast
+                    else slow / 2
+                )
+            reading = read_at_target(laboratory, contender, lr, 0, begin)
+            if reading is not None:
+                rates[lr] = reading
+                begin = reading.asked
+        if not rates:
             click.echo(f"{contender}: L0 {TARGET} was not reached")
             continue
-        lr = max(known, key=lambda rate: known[rate][0])
-        found = [known[lr]]
-        found += [explained_at_target(laboratory, contender, lr, seed) for seed in range(1, SEEDS)]
+        lr = max(rates, key=lambda rate: rates[rate].chosen_by)
+        readings = [rates[lr]]
+        for seed in range(1, SEEDS):
+            other = read_at_target(laboratory, contender, lr, seed, rates[lr].asked)
+            if other is not None:
+                readings.append(other)
         yield {
             "kind": contender.kind,
             "library": contender.library,
             "as": contender.as_called_there,
             "lr": lr,
-            "explained": [value for _, value, _ in found],
-            "median": statistics.median(value for _, value, _ in found),
-            "l0": statistics.median(result.l0 for _, _, result in found),
-            "alive": statistics.median(result.alive for _, _, result in found),
-            "seconds": statistics.median(result.seconds for _, _, result in found),
+            "explained": [reading.explained for reading in readings],
+            "median": statistics.median(reading.explained for reading in readings),
+            "l0": statistics.median(reading.nearest.l0 for reading in readings),
+            "alive": statistics.median(reading.nearest.alive for reading in readings),
+            "seconds": statistics.median(reading.nearest.seconds for reading in readings),
         }
 
 
@@ -338,9 +393,9 @@ def make_rows(workdir: Path, shape: dict[str, int]) -> None:
 @click.command()
 @click.argument("workdir", type=click.Path(path_type=Path))
 @click.option("--kind", "kinds", multiple=True, help="Only this kind; repeatable.")
-@click.option("--steps", default=1200, show_default=True)
-@click.option("--d-sae", default=1536, show_default=True)
-@click.option("--batch-rows", default=1024, show_default=True)
+@click.option("--steps", default=600, show_default=True)
+@click.option("--d-sae", default=1024, show_default=True)
+@click.option("--batch-rows", default=512, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 def main(
     workdir: Path, kinds: tuple[str, ...], steps: int, d_sae: int, batch_rows: int, threads: int
@@ -353,6 +408,12 @@ def main(
     shape |= {"warmup": steps // 20, "decay": steps // 5, "dead_after": 100 * batch_rows}
     if not (workdir / "rows.safetensors").exists():
         make_rows(workdir, shape)
+    stored = safetensors.torch.load_file(workdir / "rows.safetensors")["train"]
+    if len(stored) < steps * batch_rows:
+        raise click.UsageError(
+            f"{workdir}/rows.safetensors has {len(stored):,} rows; {steps:,} steps of {batch_rows:,} need "
+            f"{steps * batch_rows:,}: take another WORKDIR"
+        )
     with ExitStack() as stack:
         laboratory = Laboratory(workdir, shape, threads, stack)
         wanted = list(kinds) or list(dict.fromkeys(contender.kind for contender in CONTENDERS))
