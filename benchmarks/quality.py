@@ -2,14 +2,15 @@
 
     python -m benchmarks.quality WORKDIR        (`make peers`)
 
-Rows of one hook point of the model that ships with us are scaled to a mean squared norm of d_in and put into
-one order. Every library trains its own kinds with its own trainer on these batches, in an environment of its
-own. All have the same budget: with the first seed the two learning rates of `LEARNING_RATES`, then the next
-one beyond the better; two more seeds with the best of the three on half of the held-out rows. Each of these
-is up to `SPARSITIES` trainings until the wanted L0 lies close between two (or is met), and the explained
-variance there is read off the line through them, over log L0. Figures are of the other half of the held-out
-rows. What was trained is kept in WORKDIR, a file per kind, so that an interrupted benchmark goes on and
-kinds can be trained by several processes.
+Rows of one hook point of the model that ships with us are scaled to a mean squared norm of d_in and put
+into one order. Every library trains its own kinds with its own trainer on these batches, in an environment
+of its own. All have the same budget: with the first seed up to `RATES` learning rates, doubled or halved
+from `FIRST_RATE` on until both neighbours of the best one have been tried; then two more seeds with that
+one. The best is the one with the most explained variance on half of the held-out rows. Each of these is up
+to `SPARSITIES` trainings until the wanted L0 lies close between two (or is met), and the explained variance
+there is read off the line through them, over log L0. Figures are of the other half of the held-out rows.
+What was trained is kept in WORKDIR, a file per kind, so that an interrupted benchmark goes on and kinds can
+be trained by several processes.
 """
 
 import json
@@ -40,7 +41,8 @@ from penstock.trainer.step import SAETraining
 HOOK = "blocks.3.hook_resid_post"
 TARGET = 32
 """Features active per row, on average."""
-LEARNING_RATES = (2e-3, 4e-3)
+FIRST_RATE = 4e-3
+RATES = 5
 SPARSITIES = 4
 MET = 0.01
 """Difference in L0, relative, that is taken for none."""
@@ -304,32 +306,36 @@ def _next_sparsity(contender: Contender, tried: dict[float, Result]) -> float:
     return below / min(4.0, max(1.15, 1.1 * TARGET / max(1.0, tried[below].l0)))
 
 
+def best_rate(laboratory: Laboratory, contender: Contender) -> tuple[float, Reading] | None:
+    """The learning rate that does best with the first seed; None where no training reached the wanted L0."""
+    tried: dict[float, Reading | None] = {}
+    begin: tuple[float, ...] = ()
+    lr: float | None = FIRST_RATE
+    best: tuple[float, Reading] | None = None
+    while lr is not None and len(tried) < RATES:
+        reading = tried[lr] = read_at_target(laboratory, contender, lr, 0, begin)
+        if reading is not None:
+            begin = reading.asked
+            if best is None or reading.chosen_by > best[1].chosen_by:
+                best = lr, reading
+        middle = FIRST_RATE if best is None else best[0]
+        lr = next((rate for rate in (2 * middle, middle / 2) if rate not in tried), None)
+    return best
+
+
 def compete(laboratory: Laboratory, kinds: list[str]) -> Iterator[dict[str, Any]]:
     """A line per contender."""
     for contender in CONTENDERS:
         if contender.kind not in kinds:
             continue
-        rates: dict[float, Reading] = {}
-        begin: tuple[float, ...] = ()
-        slow, fast = LEARNING_RATES
-        for lr in (slow, fast, None):
-            if lr is None:
-                lr = (
-                    2 * fast
-                    if max(rates, key=lambda r: rates[r].chosen_by, default=slow) == fast
-                    else slow / 2
-                )
-            reading = read_at_target(laboratory, contender, lr, 0, begin)
-            if reading is not None:
-                rates[lr] = reading
-                begin = reading.asked
-        if not rates:
+        found = best_rate(laboratory, contender)
+        if found is None:
             click.echo(f"{contender}: L0 {TARGET} was not reached")
             continue
-        lr = max(rates, key=lambda rate: rates[rate].chosen_by)
-        readings = [rates[lr]]
+        lr, reading = found
+        readings = [reading]
         for seed in range(1, SEEDS):
-            other = read_at_target(laboratory, contender, lr, seed, rates[lr].asked)
+            other = read_at_target(laboratory, contender, lr, seed, reading.asked)
             if other is not None:
                 readings.append(other)
         yield {
