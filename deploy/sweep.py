@@ -24,7 +24,7 @@ SUMMARY_FIELDS = (
     ),
     *("mmcs", "matched_cosine", "duplicates", "dead_features", "dead_minibatches", "loss"),
     *("reconstruction_loss", "l1", "l0", "explained_variance", "held_out_loss", "mmcs_with_larger"),
-    *("seed_agreement", "convergence", "ssll", "steps", "batch_rows"),
+    *("found_by_larger", "seed_agreement", "convergence", "ssll", "steps", "batch_rows"),
 )
 """What the JSON summary of a sweep tells of each dictionary."""
 

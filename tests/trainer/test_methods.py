@@ -10,7 +10,13 @@ from torch import Tensor
 
 from penstock.producer.toy import READ, Toy, ToySettings
 from penstock.trainer.kinds import StandardSettings
-from penstock.trainer.methods.across import Place, convergence, mmcs_with_larger, seed_agreement
+from penstock.trainer.methods.across import (
+    Place,
+    convergence,
+    found_by_larger,
+    mmcs_with_larger,
+    seed_agreement,
+)
 from penstock.trainer.methods.matching import best_matching, matched_cosine
 from penstock.trainer.methods.similarity import duplicates, max_cosines, mmcs, unit_rows
 from penstock.trainer.methods.sparsity import basin, dead_after_minibatches, dead_after_rows, ssll
@@ -160,20 +166,33 @@ class TestAcross:
         other = Place("other", "relu", 1.0, 16, 0)  # at another penalty
         return [*grid, other], found | {"other": random(16, 32, seed=4)}
 
-    def test_larger_dictionaries_hold_what_is_real(self) -> None:
+    def test_larger_dictionaries_find_what_is_real(self) -> None:
         places, found = self.places()
-        values = mmcs_with_larger(places, found.__getitem__)
+        values = found_by_larger(places, found.__getitem__)
         assert values == pytest.approx({"half": 1.0, "right": 1.0}, abs=1e-6)
-
-    def test_the_largest_have_none(self) -> None:
-        places, found = self.places()
-        assert "double" not in mmcs_with_larger(places, found.__getitem__)
-        assert mmcs_with_larger(places[2:], found.__getitem__) == {}
 
     def test_made_up_features_are_not_found_again(self) -> None:
         places = [Place("a", 0, 0, 8, 0), Place("b", 0, 0, 16, 0)]
-        values = mmcs_with_larger(places, {"a": random(8), "b": random(16, seed=1)}.__getitem__)
+        values = found_by_larger(places, {"a": random(8), "b": random(16, seed=1)}.__getitem__)
         assert values["a"] < 0.3
+
+    def test_the_right_size_holds_most_of_larger_ones(self) -> None:
+        truth = random(64, 128)
+        found = {"half": truth[:32], "right": truth}
+        found["double"] = torch.cat([truth, random(64, 128, seed=9)])
+        found["quadruple"] = torch.cat([truth, random(192, 128, seed=5)])
+        places = [Place(name, "relu", 0.1, len(d), 0) for name, d in found.items()]
+        values = mmcs_with_larger(places, found.__getitem__)
+        assert values["right"] > values["half"] + 0.05
+        assert values["right"] > values["double"] + 0.05
+        with_double, with_quadruple = (mmcs(found["right"], found[n]) for n in ("double", "quadruple"))
+        assert values["right"] == pytest.approx((with_double + with_quadruple) / 2)
+
+    def test_the_largest_have_none(self) -> None:
+        places, found = self.places()
+        for compare in (mmcs_with_larger, found_by_larger):
+            assert "double" not in compare(places, found.__getitem__)
+            assert compare(places[2:], found.__getitem__) == {}
 
     def test_seeds(self) -> None:
         truth = random(20, 16)

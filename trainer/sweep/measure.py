@@ -21,7 +21,13 @@ from penstock.store.truth import Truth
 from penstock.trainer.config import RunConfig
 from penstock.trainer.kinds import SAESettings
 from penstock.trainer.lineage import load_checkpoint
-from penstock.trainer.methods.across import Place, convergence, mmcs_with_larger, seed_agreement
+from penstock.trainer.methods.across import (
+    Place,
+    convergence,
+    found_by_larger,
+    mmcs_with_larger,
+    seed_agreement,
+)
 from penstock.trainer.methods.matching import matched_cosine
 from penstock.trainer.methods.similarity import duplicates, mmcs, unit_rows
 from penstock.trainer.methods.sparsity import dead_after_minibatches, ssll
@@ -107,10 +113,12 @@ def measure(
         records.append(_alone(member, load(member.key), truth))
     progress("comparing dictionaries with each other")
     places = _places(members, records)
-    larger, seeds = mmcs_with_larger(places, load), seed_agreement(places, load)
+    larger, found = mmcs_with_larger(places, load), found_by_larger(places, load)
+    seeds = seed_agreement(places, load)
     settled = {key: values for run in runs for key, values in _convergence(run).items()}
     for place, record in zip(places, records, strict=True):
         record["mmcs_with_larger"] = larger.get(place.name)
+        record["found_by_larger"] = found.get(place.name)
         record["seed_agreement"] = seeds.get(place.name)
         record["convergence"] = settled.get(place.name)
     _add_ssll(records)

@@ -26,7 +26,8 @@ HEATMAPS = (
     ("l1", "L1", "Mean sum of feature activations", True),
     ("ssll", "SSLL", "Sum of scaled log losses: low where both are, and where L1 vanishes", False),
     ("ssll_weighted", "SSLL with λ", "The same with the L1 as the loss has it, times λ", False),
-    ("mmcs_with_larger", "MMCS with larger", "How much of it larger dictionaries find again", False),
+    ("mmcs_with_larger", "MMCS with larger", "How much of larger dictionaries it holds", False),
+    ("found_by_larger", "Found by larger", "How much of it larger dictionaries find again", False),
     ("seed_agreement", "Agreement between seeds", "MMCS with the same from other seeds", False),
     (
         "convergence",
