@@ -122,8 +122,8 @@ def brief(value: float) -> str:
     if size >= 1000:
         return compact(float(f"{value:.2g}"))
     text = f"{value:.0f}" if size >= 100 else f"{value:.2g}" if size >= 1 or size < 0.005 else f"{value:.2f}"
-    text = text.replace("e-0", "e-")
-    return text.replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}") if size < 1 and size else text
+    text = text.replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
+    return text.replace("0.", ".", 1) if 0 < size < 1 else text
 
 
 def _scaled(value: float | None, log: bool, known: Sequence[float]) -> float | None:
