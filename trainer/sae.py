@@ -22,6 +22,7 @@ from penstock.trainer.kinds import KINDS
 from penstock.trainer.kinds.base import SAESettings, Schedule, StepResult
 from penstock.trainer.kinds.foreign import Foreign, NoSuchKind
 
+_BLOCK = 1024
 ENCODER_LENGTH = 0.5
 """Norm of a feature's encoder at the start. With 1, the features that a row activates, which overlap, add up
 to more than the row, and the first steps go into shortening them."""
@@ -191,7 +192,7 @@ class SAE(nn.Module, ABC):
         norms = torch.linalg.vector_norm(self.W_enc, dim=0)
         # far below the others': a new feature should not take over at once
         length = 0.2 * (norms * alive).sum() / alive.sum().clamp(min=1)
-        self.W_enc[:, features] = directions.T * length
+        self.W_enc[:, features] = directions.T * length / _overlaps(directions)
 
     def noise(self, like: Tensor, schedule: Schedule) -> Tensor:
         """Standard normal noise in the shape of a tensor: the same at the same step of any training."""
@@ -304,6 +305,19 @@ class SAE(nn.Module, ABC):
         """Encoder biases of a dictionary that does not subtract b_dec, to be used in one that does."""
         b_enc, b_dec, W_enc = (tensors[name].double() for name in ("b_enc", "b_dec", "W_enc"))
         return {"b_enc": (b_enc + b_dec @ W_enc).float()}
+
+
+def _overlaps(directions: Tensor) -> Tensor:
+    """[n] Σ_j max(0, cos(i, j)): among how many features a row in this direction is shared out.
+
+    Rows that are reconstructed badly are often alike. Features that all begin with the same one would add up
+    to many times that row.
+
+    Args:
+        directions: [n, D] of unit norm.
+    """
+    shared = [torch.relu(part @ directions.T).sum(dim=1) for part in torch.split(directions, _BLOCK)]
+    return torch.cat(shared).clamp(min=1)
 
 
 def build(d_in: int, settings: SAESettings, d_out: int | None = None) -> SAE:

@@ -264,6 +264,30 @@ class TestStandard:
         torch.testing.assert_close(sae.encode(x)[[0, 1], [3, 5]], x.norm(dim=1))
 
 
+class TestNewDirections:
+    def test_features_of_rows_that_are_alike_add_up_to_one_feature(self) -> None:
+        x, together = rows()[:1], {}
+        for features in ([3], [3, 4, 6]):
+            sae = made(standard_settings())
+            with torch.no_grad():
+                sae.W_enc.fill_(1.0)  # a new feature's length is measured by the others'
+            sae.reset_features(torch.tensor(features), x.repeat(len(features), 1), x.repeat(len(features), 1))
+            together[len(features)] = ((x - sae.b_dec) @ sae.W_enc[:, features]).sum().item()
+        assert together[1] > 0
+        assert together[3] == pytest.approx(together[1], rel=1e-5)
+
+    def test_features_of_rows_at_right_angles_are_not_shortened(self) -> None:
+        sae = made(standard_settings())
+        with torch.no_grad():
+            sae.b_dec.zero_()
+            sae.W_enc.fill_(1.0)
+        x = torch.eye(D, dtype=torch.float64)[:2]
+        sae.reset_features(torch.tensor([3, 5]), x, x)
+        torch.testing.assert_close(
+            sae.W_enc[:, [3, 5]].norm(dim=0), torch.full((2,), 0.2 * math.sqrt(D), dtype=torch.float64)
+        )
+
+
 class TestGated:
     def test_the_gate_decides_and_the_magnitude_says_how_much(self) -> None:
         sae, x = made(settings_of("gated", l1_coefficient=0.7)), rows()
