@@ -234,6 +234,8 @@ def our_settings(job: dict[str, Any]) -> Any:
         told |= {"l0_target": value}
     else:
         told |= {"k": int(value)}
+    if kind == "matryoshka":
+        told |= {"prefixes": [1 / 16, 1 / 8, 1 / 4, 1 / 2]}
     return parse(RunSettings, {"name": "quality", "saes": [told]}, "quality").saes[0]
 
 
