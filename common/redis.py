@@ -94,8 +94,11 @@ def _count(error: BaseException) -> None:
     LOGGER.debug("redis: %s; trying again", error)
 
 
-def connect(settings: RedisSettings) -> Client:
+def connect(settings: RedisSettings, bounds: retries.Bounds = retries.REDIS) -> Client:
     """A connected client.
+
+    Args:
+        bounds: how long it tries again what may pass by itself.
 
     Raises:
         ConfigError: no url is set, it is not a Redis url, or the server is too old or may evict keys.
@@ -123,7 +126,7 @@ def connect(settings: RedisSettings) -> Client:
             protocol=2,
             socket_timeout=10.0,
             socket_connect_timeout=5.0,
-            retry=PolicyRetry(),
+            retry=PolicyRetry(bounds),
             retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
             **options,
         )

@@ -217,6 +217,16 @@ def status(config: str, workdir: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@CONFIG
+@WORKDIR
+def exporter(config: str, workdir: str | None) -> None:
+    """Publish what the store and Redis hold, as metrics, until stopped."""
+    from penstock.deploy.exporter import export
+
+    export(_load(config, workdir))
+
+
+@cli.command()
 @click.argument("url", required=False)
 @click.option("--model", help="List a model's hook points instead.")
 @click.option("--mixing", is_flag=True, help="Measure how well a dataset's rows are mixed in batches.")

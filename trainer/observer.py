@@ -77,7 +77,6 @@ class RunObserver:
         self._rows_seen = group.rows
         show_figures(self._run, group.figures)
         self._voice.say(rows=group.rows, figures=group.figures, waiting_for=None)
-        forgiving(lambda: metrics.backlog_chunks.labels(self._run).set(self._feed.length()))
 
     def committed(self, group: Group, head: Head, seconds: float) -> None:
         self._heartbeat.beat()
