@@ -202,18 +202,12 @@ def export(run_url: str, format_: str, names: tuple[str, ...], out: str) -> None
 @CONFIG
 @WORKDIR
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(config: str, workdir: str | None, as_json: bool) -> None:
-    """Positions, and who holds what."""
-    from penstock.deploy.look import status_lines, status_record
+@click.option("--watch", "live", is_flag=True, help="Go on looking until stopped.")
+def status(config: str, workdir: str | None, as_json: bool, live: bool) -> None:
+    """Datasets, runs and workers: how far, how fast, who holds what, what waits for what."""
+    from penstock.deploy.status import print_status, watch
 
-    loaded = _load(config, workdir)
-    if as_json:
-        import json
-
-        click.echo(json.dumps(status_record(loaded), indent=1))
-        return
-    for line in status_lines(status_record(loaded)):
-        click.echo(line)
+    (watch if live else print_status)(_load(config, workdir), as_json, click.echo)
 
 
 @cli.command()
