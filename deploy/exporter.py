@@ -14,9 +14,9 @@ from prometheus_client.registry import Collector
 
 from penstock.common.errors import PenstockError
 from penstock.common.health import Health, HealthServer
-from penstock.common.logs import LOGGER
+from penstock.common.logs import LOGGER, tell_about
 from penstock.common.metrics import REGISTRY
-from penstock.common.process import stop_on_signals
+from penstock.common.process import stop_on_signals, worker_name
 from penstock.deploy.config import Config
 from penstock.deploy.exported import Space, families, space_samples, survey_samples
 from penstock.deploy.survey import Survey, Surveyor
@@ -149,6 +149,7 @@ def export(config: Config, pause: float = LOOK_SECONDS) -> None:
     from penstock.common import metrics
 
     stop = stop_on_signals()
+    tell_about(role="exporter", worker=worker_name("exporter"))
     health, published = Health(), Published()
     REGISTRY.register(published)
     metrics.build_info.labels(version("penstock"), version("torch")).set(1)

@@ -7,6 +7,7 @@ import redis
 
 from penstock.common import metrics
 from penstock.common.heartbeat import Heartbeat
+from penstock.common.logs import LOGGER
 from penstock.store.heads import Head
 from penstock.store.objects import ObjectStore
 from penstock.store.queue import Feed, Presence, RunQueue
@@ -81,6 +82,7 @@ class RunObserver:
     def committed(self, group: Group, head: Head, seconds: float) -> None:
         self._heartbeat.beat()
         metrics.sae_head_commit_seconds.observe(seconds)
+        LOGGER.info("head %d at position %d of run %s", head.n, head.position, self._run)
         forgiving(lambda: self._queue.add(self._run, head.position))
         forgiving(lambda: self._feed.trim(head.position))
 

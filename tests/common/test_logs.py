@@ -6,15 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 
+from penstock.common import logs
 from penstock.common.logs import LOGGER, set_up_logging
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    root = logging.getLogger()
     handlers, level, propagate = LOGGER.handlers, LOGGER.level, LOGGER.propagate
+    of_root = list(root.handlers), root.level
+    monkeypatch.setattr(logs, "_about", {})
     yield
     LOGGER.handlers, LOGGER.propagate = handlers, propagate
     LOGGER.setLevel(level)
+    root.handlers[:] = of_root[0]
+    root.setLevel(of_root[1])
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
