@@ -90,7 +90,7 @@ class Surveyor:
         now = time.time()
         runs = {run_id: self._with_crew(run, crew, now) for run_id, run in runs.items()}
         datasets = {url: self._made(seen, crew) for url, seen in datasets.items()}
-        runs = self._not_submitted(datasets) | runs
+        runs = self._not_submitted(datasets, runs) | runs
         return Survey(now, time.monotonic() - started, datasets, runs, crew, error)
 
     def _store(self, url: str) -> ObjectStore:
@@ -165,12 +165,16 @@ class Surveyor:
         wanted = None if dataset.wanted is None else dataset.wanted + repairs
         return replace(dataset, claims=crew.claims.get(dataset.url, {}), repairs=repairs, wanted=wanted)
 
-    def _not_submitted(self, datasets: dict[str, DatasetNow]) -> dict[str, RunNow]:
+    def _not_submitted(self, datasets: dict[str, DatasetNow], runs: dict[str, RunNow]) -> dict[str, RunNow]:
         """Runs of the config that are not there yet, by name."""
         found = {}
+        # whose config is damaged, nobody can compare
+        damaged = {run_id.rsplit("-", 1)[0] for run_id in runs if run_id not in self._known}
         there = [known.config for known in self._known.values()]
         for settings in self._config.runs:
             urls = [self._store(url).url for url in self._config.datasets_of(settings)]
+            if settings.name in damaged:
+                continue
             if not any(_is_of(stored, settings, urls) for stored in there):
                 missing = (f"no dataset at {url}" for url in urls if datasets[url].planned is None)
                 found[settings.name] = RunNow(

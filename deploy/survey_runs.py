@@ -95,7 +95,6 @@ def look_at_run(runs: ObjectStore, run_id: str, known: dict[str, RunKnown]) -> R
         # a folder that holds no config is no run; a config whose head is gone is a damaged one
         return None if run_id not in known else RunNow(run_id, "unreadable", reason=str(error))
     except DataError as error:
-        known.pop(run_id, None)
         return RunNow(run_id, "unreadable", reason=str(error))
     return _now(run_id, it)
 

@@ -87,7 +87,9 @@ def test_the_environment_tells_its_secrets() -> None:
             "HOME": "/home/somebody",
         }
     )
-    shown = redact("redis-password secret-key key-of-somebody url-password /path/of/a/file abc /home/somebody")
+    shown = redact(
+        "redis-password secret-key key-of-somebody url-password /path/of/a/file abc /home/somebody"
+    )
     assert shown == "*** *** *** *** /path/of/a/file abc /home/somebody"
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from penstock.deploy.config import Config, load_config
+from penstock.deploy.config import load_config
 from penstock.store.dataset import open_dataset
-from penstock.store.heads import Head, Status
+from penstock.store.heads import Head, Status, StoredFile
 from penstock.store.joined import JoinedDataset
 from penstock.store.layout import head_key
 from penstock.store.manifest import Manifest
@@ -62,7 +62,9 @@ def run_of(name: str, dataset: str) -> dict[str, Any]:
     return {"name": name, "datasets": [dataset], "saes": [topk()], "window_chunks": 5, "head_interval": 1}
 
 
-def write_heads(store: ObjectStore, run: RunConfig, status: Status, when: float) -> None:
+def write_heads(
+    store: ObjectStore, run: RunConfig, status: Status, when: float, checkpoints: bool = False
+) -> None:
     """A takeover, a head at position 5, and 100 s later one at position 10."""
     at = [("takeover", 0, when - 110), ("progress", 5, when - 100), ("progress", 10, when)]
     for n, (kind, position, moment) in enumerate(at):
@@ -76,6 +78,7 @@ def write_heads(store: ObjectStore, run: RunConfig, status: Status, when: float)
             step=position,
             rows=200 * position,
             environment={},
+            checkpoint={"sae/topk": stored_file(n)} if checkpoints and n else {},
             metrics={"topk": {"loss": 1.5, "l0": 2.0}},
             reason="as planned" if status == "failed" and n == 2 else None,
             time=moment,
@@ -83,5 +86,6 @@ def write_heads(store: ObjectStore, run: RunConfig, status: Status, when: float)
         assert store.create_guarded(head_key(run.run_id, n), head.record())
 
 
-def fleet_config(path: Path) -> Config:
-    return load_config(str(path))
+def stored_file(n: int) -> StoredFile:
+    """There is nothing behind it."""
+    return StoredFile(key=f"checkpoints/{n}-{n:032x}/sae/topk.safetensors", size=1, sha256="0" * 64)
