@@ -135,7 +135,7 @@ def leaks(said: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.services
+@pytest.mark.long
 def test_what_a_run_writes_and_says(planted: Planted) -> None:
     names = "\n".join(planted.said)
     # everything was there to be looked at
@@ -153,7 +153,7 @@ def test_what_a_run_writes_and_says(planted: Planted) -> None:
     assert leaks(planted.said) == {}
 
 
-@pytest.mark.services
+@pytest.mark.long
 def test_every_line_of_a_log_is_json(planted: Planted) -> None:
     for name in ("logs/producer-0.log", "logs/trainer-0.log", "logs/report-0.log", "exporter.log"):
         if name not in planted.said:
