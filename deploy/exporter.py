@@ -79,6 +79,10 @@ class Exporter:
         except PenstockError as error:
             published.succeeded = False
             self._say("store", str(error))
+        except Exception as error:
+            # nothing that it meets may end what scaling reads
+            published.succeeded = False
+            LOGGER.exception("the look failed: %s", error)
         else:
             published.survey, published.succeeded = survey, True
             self._health.ready = True

@@ -81,9 +81,8 @@ class Surveyor:
                 if run.state not in ENDED and run_id in self._known:
                     urls |= dict.fromkeys(run.datasets)
             datasets = dict(zip(urls, pool.map(self._look_at_dataset, urls), strict=True))
-        masks = {url: self._datasets[url].mask for url in urls if url in self._datasets}
         runs = {
-            run_id: with_backlog(run, self._known[run_id], masks) if run_id in self._known else run
+            run_id: with_backlog(run, self._known[run_id], self._datasets) if run_id in self._known else run
             for run_id, run in runs.items()
         }
         crew, error = self._look_at_redis(list(runs), list(datasets))
@@ -119,7 +118,7 @@ class Surveyor:
             return DatasetNow(url, problem=str(error))
 
     def _look_at_redis(self, run_ids: list[str], urls: list[str]) -> tuple[Crew | None, str | None]:
-        digests = {url: self._datasets[url].dataset.manifest.digest for url in urls if url in self._datasets}
+        digests = {url: self._datasets[url].digest for url in urls if url in self._datasets}
         try:
             runs_url = self._store(self._config.runs_url).url
             # tried once: the next look is the next try

@@ -49,6 +49,7 @@ class Seen:
     """What is remembered of a dataset between looks."""
 
     dataset: Dataset
+    digest: str
     rows: npt.NDArray[np.int64]
     mask: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     """[chunks] which are committed."""
@@ -75,7 +76,7 @@ def look_at_dataset(
         return DatasetNow(url, wanted=int(may_be_made) if made_here else None)
     # a new manifest is another dataset: somebody removed the one before
     if seen is None or seen.dataset.manifest != manifest:
-        seen = known[url] = Seen(Dataset(store, manifest), np.array(manifest.rows, np.int64))
+        seen = known[url] = Seen(Dataset(store, manifest), manifest.digest, np.array(manifest.rows, np.int64))
     if not (len(seen.mask) and seen.mask.all()):
         mask = np.zeros(manifest.n_chunks, np.bool_)
         mask[list(seen.dataset.committed())] = True

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.common.errors import DataError, ObjectMissing
+from penstock.deploy.survey_datasets import Seen
 from penstock.store.heads import TERMINAL, Head, links, newest_head
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import RunConfig, load_run_config
@@ -85,7 +86,7 @@ def look_at_run(runs: ObjectStore, run_id: str, known: dict[str, RunKnown]) -> R
     try:
         if run_id not in known:
             config = load_run_config(runs, run_id)
-            known[run_id] = RunKnown(config, config.total_rows(), config.total_steps())
+            known[run_id] = RunKnown(_lean(config), config.total_rows(), config.total_steps())
         it = known[run_id]
         if it.head is None or not it.head.terminal:
             head = newest_head(runs, run_id, it.head)
@@ -97,6 +98,12 @@ def look_at_run(runs: ObjectStore, run_id: str, known: dict[str, RunKnown]) -> R
     except DataError as error:
         return RunNow(run_id, "unreadable", reason=str(error))
     return _now(run_id, it)
+
+
+def _lean(config: RunConfig) -> RunConfig:
+    """Without the rows of each chunk: there may be many chunks, and many runs are remembered."""
+    pins = [pin.model_copy(update={"rows": []}) for pin in config.datasets]
+    return config.model_copy(update={"datasets": pins})
 
 
 def _progress(runs: ObjectStore, run_id: str, head: Head) -> tuple[float, int] | None:
@@ -130,19 +137,21 @@ def _now(run_id: str, it: RunKnown) -> RunNow:
     )
 
 
-def with_backlog(run: RunNow, known: RunKnown, masks: dict[str, npt.NDArray[np.bool_]]) -> RunNow:
+def with_backlog(run: RunNow, known: RunKnown, seen: dict[str, Seen]) -> RunNow:
     """With the number of chunks that are stored next in the run's reading order.
 
     Args:
-        masks: URL -> [chunks] which chunks of the dataset are committed.
+        seen: datasets by URL.
     """
     if run.state in ENDED or run.state == "unreadable":
         return run
-    parts = [masks.get(url) for url in known.config.dataset_urls]
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts) or tuple(map(len, found)) != known.config.sizes:
-        return run  # a dataset is gone, or another one lies there
-    return replace(run, backlog=_ready(np.concatenate(found), known.config, run.position))
+    parts = []
+    for pin in known.config.datasets:
+        part = seen.get(pin.url)
+        if part is None or part.digest != pin.manifest_digest:
+            return run  # it is gone, or another one lies there
+        parts.append(part.mask)
+    return replace(run, backlog=_ready(np.concatenate(parts), known.config, run.position))
 
 
 def _ready(committed: npt.NDArray[np.bool_], config: RunConfig, position: int) -> int:

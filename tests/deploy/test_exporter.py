@@ -295,6 +295,30 @@ def test_backlog_ends_at_the_first_gap_and_goes_on_through_epochs(tmp_path: Path
     assert list(of(watched.look(), "penstock_backlog_chunks").values()) == [24]
 
 
+def test_another_dataset_in_the_place_of_a_runs_own_is_no_backlog(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = open_store(config.dataset.url)
+    write_big(store, make_manifest([200] * 12), range(12))
+    data = JoinedDataset([open_dataset(config.dataset.url)])
+    submit_run(open_store(config.runs_url), data, config.runs[0])
+    watched = Watched(config)
+    assert list(of(watched.look(), "penstock_backlog_chunks").values()) == [12]
+    write_big(store, make_manifest([100] * 12))
+    samples = watched.look()
+    assert of(samples, "penstock_backlog_chunks") == {}
+    assert samples["penstock_runs_pending", ()] == 1
+    assert of(samples, "penstock_dataset_rows_committed") == {config.dataset.url: 1200}
+
+
+def test_nothing_that_a_look_meets_ends_the_exporter(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(load_config(str(fleet)))
+    before = watched.look()
+    monkeypatch.setattr(survey_module, "look_at_dataset", lambda *_: 1 / 0)
+    after = watched.look()
+    assert after["penstock_exporter_look_success", ()] == 0
+    assert after["penstock_runs_pending", ()] == before["penstock_runs_pending", ()] == 4
+
+
 def test_bytes_below_each_url(fleet: Path) -> None:
     config = load_config(str(fleet))
     quota = config.model_copy(update={"dataset": config.dataset.model_copy(update={"quota_bytes": 10**9})})
