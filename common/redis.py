@@ -15,6 +15,7 @@ from redis.retry import Retry
 from penstock.common import metrics, retries
 from penstock.common.errors import ConfigError, Unavailable
 from penstock.common.logs import LOGGER
+from penstock.common.redact import hide, hide_in_url, redact
 from penstock.common.settings import Settings
 
 Client = Any
@@ -94,8 +95,11 @@ def _count(error: BaseException) -> None:
     LOGGER.debug("redis: %s; trying again", error)
 
 
-def connect(settings: RedisSettings) -> Client:
+def connect(settings: RedisSettings, bounds: retries.Bounds = retries.REDIS) -> Client:
     """A connected client.
+
+    Args:
+        bounds: how long it tries again what may pass by itself.
 
     Raises:
         ConfigError: no url is set, it is not a Redis url, or the server is too old or may evict keys.
@@ -106,6 +110,7 @@ def connect(settings: RedisSettings) -> Client:
         raise ConfigError(
             f"redis.url: not set; set it or {URL_VARIABLE}, or use `penstock run`, which starts a server"
         )
+    hide_in_url(url)
     options: dict[str, Any] = {}
     password = os.environ.get(PASSWORD_VARIABLE)
     if settings.password_file:
@@ -114,6 +119,7 @@ def connect(settings: RedisSettings) -> Client:
         except OSError as error:
             raise ConfigError(f"redis.password_file: {error.strerror}: {settings.password_file}") from error
     if password:
+        hide(password)
         options["password"] = password
     try:
         client = redis.Redis.from_url(
@@ -123,7 +129,7 @@ def connect(settings: RedisSettings) -> Client:
             protocol=2,
             socket_timeout=10.0,
             socket_connect_timeout=5.0,
-            retry=PolicyRetry(),
+            retry=PolicyRetry(bounds),
             retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
             **options,
         )
@@ -180,5 +186,4 @@ def _check_server(facts: dict[str, Any], name: str) -> None:
 def without_password(url: str) -> str:
     """A URL fit for logs."""
     # not by urlsplit: it sees no password in a url whose password holds a slash
-    url = re.sub(r"(//[^:/@]*:).*@", r"\1***@", url)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
+    return redact(re.sub(r"(//[^:/@]*:).*@", r"\1***@", url))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.common.errors import PenstockError, UserError
-from penstock.common.logs import LOGGER
+from penstock.common.logs import LOGGER, last_words
 from penstock.common.process import SUPERVISED_VARIABLE
 
 RESTARTS = 5
@@ -69,9 +69,8 @@ class Child:
         self.done = False
 
     def last_words(self) -> str:
-        """The last line of its log, without the word 'error:'."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() or ["no output"]
-        return lines[-1].removeprefix("error: ")
+        """What the last line of its log says, without the word 'error:'."""
+        return last_words(self.log.read_text(errors="replace"))
 
     def stop(self) -> None:
         """Ask it to stop."""

@@ -1,5 +1,8 @@
 """The command line. Commands import what they need when they run, so that help is instant."""
 
+import io
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,9 @@ from typing import Any
 import click
 
 from penstock.common.errors import DataError, PenstockError
-from penstock.common.process import follow_supervisor
+from penstock.common.logs import LEVELS, LOGGER, log_what_is_not_caught, logs_json, set_up_logging, tell_about
+from penstock.common.process import SUPERVISED_VARIABLE, follow_supervisor
+from penstock.common.redact import hide_in_url, redact
 
 WORKDIR = click.option("--workdir", help="Directory for everything; overrides the config's.")
 CONFIG = click.argument("config")
@@ -16,25 +21,63 @@ CONFIG = click.argument("config")
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="penstock")
 @click.option("--metrics-port", type=int, help="Port for /metrics; overrides the config's.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    envvar="PENSTOCK_LOG_FORMAT",
+    help="Text, or one JSON object per line; overrides the config's json_logs.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    envvar="PENSTOCK_LOG_LEVEL",
+    help="The least that is logged; overrides the config's log_level.",
+)
 @click.pass_context
-def cli(context: click.Context, metrics_port: int | None) -> None:
+def cli(
+    context: click.Context, metrics_port: int | None, log_format: str | None, log_level: str | None
+) -> None:
     """Language-model activations into sparse autoencoders.
 
     Most commands take CONFIG, a YAML file; `penstock config --schema` lists every setting.
     """
+    # before a config is read: it may be what is wrong
+    set_up_logging(log_format == "json", logging.getLevelNamesMapping()[(log_level or "info").upper()])
 
 
 def _load(path: str, workdir: str | None = None) -> Any:
-    from penstock.common.logs import set_up_logging
     from penstock.deploy.config import load_config
 
     config = load_config(path, workdir)
-    port = click.get_current_context().find_root().params.get("metrics_port")
-    if port is not None:
-        metrics = config.metrics.model_copy(update={"port": port})
-        config = config.model_copy(update={"metrics": metrics})
-    set_up_logging(config.json_logs)
+    given, changes = click.get_current_context().find_root().params, dict[str, Any]()
+    if given.get("metrics_port") is not None:
+        changes["metrics"] = config.metrics.model_copy(update={"port": given["metrics_port"]})
+    if given.get("log_format") is not None:
+        changes["json_logs"] = given["log_format"] == "json"
+    if given.get("log_level") is not None:
+        changes["log_level"] = given["log_level"]
+    config = config.model_copy(update=changes)
+    level = logging.getLevelNamesMapping()[config.log_level.upper()]
+    set_up_logging(config.json_logs, level, config.library_logs)
+    tell_about(role=click.get_current_context().info_name)
+    hide_in_url(config.redis.url)
     return config
+
+
+def _tell(text: str) -> None:
+    """Say how far it is; the last such line is what the supervisor shows."""
+    if logs_json():
+        LOGGER.info("%s", text)
+    else:
+        click.echo(redact(text), err=True)
+
+
+def _result(text: str) -> None:
+    """Results go to standard output; under a supervisor that is a log, too."""
+    if logs_json() and SUPERVISED_VARIABLE in os.environ:
+        LOGGER.info("%s", text)
+    else:
+        click.echo(text)
 
 
 @cli.command()
@@ -104,10 +147,10 @@ def corpus(config: str, workdir: str | None) -> None:
         nonlocal shown
         if done // 1_000_000 > shown:
             shown = done // 1_000_000
-            click.echo(f"{done:,} tokens" + (f" of {wanted:,}" if wanted else ""), err=True)
+            _tell(f"{done:,} tokens" + (f" of {wanted:,}" if wanted else ""))
 
     manifest = build_corpus(_load(config, workdir), progress).manifest
-    click.echo(
+    _result(
         f"{manifest.n_sequences} sequences of {manifest.context} tokens, {manifest.n_held_out} held out, "
         f"from {manifest.n_documents} documents; digest {manifest.digest[:12]}"
     )
@@ -155,14 +198,14 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
     from penstock.deploy.processes import report as make_report
 
     def progress(done: int, total: int) -> None:
-        click.echo(f"evaluated {done} of {total} held-out sequences", err=True)
+        _tell(f"evaluated {done} of {total} held-out sequences")
 
     summary = make_report(_load(config, workdir), run_url, Path(out), progress)
     for sae in summary["saes"]:
         told = {"explained variance": "explained_variance", "cross-entropy recovered": "ce_recovered"}
         known = [f"{label} {sae[key]:.3f}" for label, key in told.items() if sae[key] is not None]
         known += [f"L0 {sae['l0']:.1f}", f"{sae['dead_features']} dead"]
-        click.echo(f"{sae['name']}: {', '.join(known)}")
+        _result(f"{sae['name']}: {', '.join(known)}")
 
 
 @cli.command()
@@ -202,18 +245,22 @@ def export(run_url: str, format_: str, names: tuple[str, ...], out: str) -> None
 @CONFIG
 @WORKDIR
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(config: str, workdir: str | None, as_json: bool) -> None:
-    """Positions, and who holds what."""
-    from penstock.deploy.look import status_lines, status_record
+@click.option("--watch", "live", is_flag=True, help="Go on looking until stopped.")
+def status(config: str, workdir: str | None, as_json: bool, live: bool) -> None:
+    """Datasets, runs and workers: how far, how fast, who holds what, what waits for what."""
+    from penstock.deploy.status import print_status, watch
 
-    loaded = _load(config, workdir)
-    if as_json:
-        import json
+    (watch if live else print_status)(_load(config, workdir), as_json, click.echo)
 
-        click.echo(json.dumps(status_record(loaded), indent=1))
-        return
-    for line in status_lines(status_record(loaded)):
-        click.echo(line)
+
+@cli.command()
+@CONFIG
+@WORKDIR
+def exporter(config: str, workdir: str | None) -> None:
+    """Publish what the store and Redis hold, as metrics, until stopped."""
+    from penstock.deploy.exporter import export
+
+    export(_load(config, workdir))
 
 
 @cli.command()
@@ -350,16 +397,23 @@ def config(path: str | None, schema: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line per error, exit code 2 for what the user can change."""
     follow_supervisor()
+    if arguments is None:
+        log_what_is_not_caught()
     try:
         cli.main(args=arguments, prog_name="penstock", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(redact(said.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
     except PenstockError as error:
         hint = "; `penstock repair CONFIG` may put it right" if isinstance(error, DataError) else ""
-        click.echo(f"error: {error}{hint}", err=True)
+        if logs_json():
+            LOGGER.error("%s%s", error, hint)
+        else:
+            click.echo(redact(f"error: {error}{hint}"), err=True)
         sys.exit(error.exit_code)
 
 

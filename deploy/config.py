@@ -1,12 +1,13 @@
 """The configuration file: one YAML file describes corpus, dataset, runs and the processes for them."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from penstock.common.errors import ConfigError
 from penstock.common.model.files import ModelSettings
+from penstock.common.redact import public_url
 from penstock.common.redis import RedisSettings
 from penstock.common.settings import Settings, load_yaml, parse
 from penstock.producer.corpus import CorpusSettings
@@ -73,11 +74,19 @@ class Config(Settings):
     """Evaluation and report."""
     json_logs: bool = False
     """Log JSON lines instead of text."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
+    library_logs: bool = False
+    """Log what libraries say, too, from log_level on; otherwise their warnings."""
 
     def encode(self) -> str:
-        """As JSON that `load_config` takes."""
+        """As JSON that `load_config` takes, for a file that stays: without the password of `redis.url`."""
         without = {"model", "corpus"} if self.toy is not None else set()
-        return self.model_dump_json(indent=1, exclude=without) + "\n"
+        redis = self.redis
+        if redis.url is not None:
+            redis = redis.model_copy(update={"url": public_url(redis.url)})
+        stays = self.model_copy(update={"redis": redis})
+        return stays.model_dump_json(indent=1, exclude=without) + "\n"
 
     @model_validator(mode="before")
     @classmethod

@@ -1,81 +1,11 @@
-"""`status`, `inspect` and `verify`: looking without touching."""
+"""`inspect`: looking without touching."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
 
-import redis
-
-from penstock.common.errors import DataError, ObjectMissing, PenstockError, UserError
-from penstock.common.redis import Client, RedisSettings, connect
-from penstock.deploy.config import Config
-from penstock.deploy.state import embedded_redis_url, read_state
+from penstock.common.errors import DataError, ObjectMissing, UserError
 from penstock.store.layout import MANIFEST, copy_key
 from penstock.store.manifest import TOY
 from penstock.store.objects import ObjectStore, open_store
-
-
-def status_record(config: Config) -> dict[str, Any]:
-    """Everything `status` shows, from the store and, if it answers, Redis."""
-    record: dict[str, Any] = asdict(read_state(config))
-    record["dataset_url"], record["runs_url"] = config.dataset.url, config.runs_url
-    try:
-        client = connect(_redis_settings(config))
-        record |= _from_redis(config, client, list(record["runs"]))
-    except (PenstockError, redis.RedisError) as error:
-        record["redis"] = f"down: {error}"
-    return record
-
-
-def _redis_settings(config: Config) -> RedisSettings:
-    embedded = embedded_redis_url(config.directory)
-    if config.redis.url is None and embedded:
-        return config.redis.model_copy(update={"url": embedded})
-    return config.redis
-
-
-def _from_redis(config: Config, client: Client, run_ids: list[str]) -> dict[str, Any]:
-    from penstock.store.dataset import open_dataset
-    from penstock.store.queue import ChunkQueue, Presence, RunQueue
-
-    prefix, lease = config.redis.prefix, config.redis.lease_seconds
-    runs = RunQueue(client, prefix, config.runs_url, "status", lease)
-    found: dict[str, Any] = {
-        "redis": "up",
-        "workers": Presence(client, prefix, "status").everyone(),
-        "holders": {run_id: runs.holder(run_id) for run_id in run_ids},
-        "claims": {},
-    }
-    try:
-        dataset = open_dataset(config.dataset.url)
-    except ObjectMissing:
-        return found
-    queue = ChunkQueue(client, prefix, dataset.url, dataset.manifest.digest, "status", lease)
-    return found | {"claims": queue.claims()}
-
-
-def status_lines(record: dict[str, Any]) -> Iterator[str]:
-    """`status` for people."""
-    planned = record["planned"]
-    done = "not planned yet" if planned is None else f"{record['committed']} of {planned} chunks"
-    yield f"dataset {record['dataset_url']}: {done}, {record['committed_rows']:,} rows"
-    for index, owner in sorted(record.get("claims", {}).items()):
-        yield f"  chunk {index} is being made by {owner}"
-    for run_id, run in record["runs"].items():
-        holder = record.get("holders", {}).get(run_id)
-        yield (
-            f"run {run_id}: {run['status']}, position {run['position']} of {run['n_positions']}, "
-            f"step {run['step']} of {run['total_steps']}, head {run['head']}"
-            + (f", held by {holder}" if holder else "")
-            + (f", {run['reason']}" if run["reason"] else "")
-        )
-        for name, figures in run["figures"].items():
-            shown = " ".join(f"{key} {value:.4g}" for key, value in sorted(figures.items()))
-            yield f"  {name}: {shown}"
-    for worker, word in sorted(record.get("workers", {}).items()):
-        details = ", ".join(f"{k} {v}" for k, v in word.items() if k != "figures" and v not in (None, ""))
-        yield f"worker {worker}: {details}"
-    yield f"redis: {record['redis']}"
 
 
 def kind_of(store: ObjectStore) -> str:

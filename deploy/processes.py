@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.common.errors import ConfigError, ModelError, ObjectMissing, UserError
 from penstock.common.health import Health, HealthServer
-from penstock.common.logs import LOGGER
+from penstock.common.logs import LOGGER, tell_about
 from penstock.common.process import stop_on_signals, worker_name
 from penstock.deploy.config import Config
 from penstock.store.objects import open_store
@@ -83,6 +83,7 @@ def produce(config: Config) -> None:
     from penstock.common.redis import connect
     from penstock.producer.loop import produce as run_loop
     from penstock.producer.memory import store_threads
+    from penstock.producer.pace import Pace
     from penstock.producer.sink import Sink
     from penstock.producer.work import Work
     from penstock.store.queue import ChunkQueue, Presence
@@ -92,6 +93,7 @@ def produce(config: Config) -> None:
     keep_freed_memory()
     stop = stop_on_signals()
     health, worker = Health(), worker_name("producer")
+    tell_about(role="producer", worker=worker)
     server = HealthServer(health, config.metrics.host, config.metrics.port)
     client = connect(config.redis)
     store = open_store(config.dataset.url)
@@ -104,7 +106,7 @@ def produce(config: Config) -> None:
     writer = DatasetWriter(store, plan, ThreadPoolExecutor(threads, thread_name_prefix="put"))
     manifest = writer.manifest
     _announce_build()
-    LOGGER.info("producing %s", store.url, extra={"worker": worker, "port": server.port})
+    LOGGER.info("producing %s as %s", store.url, worker, extra={"port": server.port})
     address = (client, config.redis.prefix, store.url, manifest.digest, worker, config.redis.lease_seconds)
     queue = ChunkQueue(*address)
     hours = settings.detach_after_hours
@@ -121,6 +123,7 @@ def produce(config: Config) -> None:
                 "port": server.port,
                 "dataset": store.url,
                 "chunks": len(made),
+                "rows_per_second": pace.rows_per_second(),
                 "making": sorted(task.index for task in work.held),
                 "waiting": work.waiting,
             },
@@ -129,16 +132,18 @@ def produce(config: Config) -> None:
 
     def committed(index: int, rows: int) -> None:
         made.append(index)
+        pace.add(rows)
         heartbeat.beat()
-        LOGGER.info("chunk %d committed", index, extra={"rows": rows, "worker": worker})
+        LOGGER.info("chunk %d committed", index, extra={"chunk": index, "rows": rows})
 
     heartbeat = Heartbeat(renew, config.redis.lease_seconds, health)
     source = make_source(manifest, heartbeat.beat)
+    pace = Pace()
     sink = Sink(writer, work, client, queue.feeds_key, worker, committed)
     health.ready = True
     try:
         run_loop(work, source, sink, stop)
-        LOGGER.info("producer finished: %d chunks made here", len(made), extra={"worker": worker})
+        LOGGER.info("producer finished: %d chunks made here", len(made))
     finally:
         heartbeat.close()
         try:
@@ -207,6 +212,7 @@ def train(config: Config, drain: bool) -> None:
     keep_freed_memory()
     stop = stop_on_signals()
     health, worker = Health(), worker_name("trainer")
+    tell_about(role="trainer", worker=worker)
     server = HealthServer(health, config.metrics.host, config.metrics.port)
     client = connect(config.redis)
     runs = open_store(config.runs_url)
@@ -227,7 +233,7 @@ def train(config: Config, drain: bool) -> None:
         port=server.port,
     )
     _announce_build()
-    LOGGER.info("training runs of %s", runs.url, extra={"worker": worker, "port": server.port})
+    LOGGER.info("training runs of %s as %s", runs.url, worker, extra={"port": server.port})
     try:
         work(place, health, stop, drain)
     finally:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.common.errors import ObjectMissing
+from penstock.common.redis import RedisSettings
 from penstock.deploy.config import Config
 from penstock.store.objects import open_store
 
@@ -154,3 +155,11 @@ def embedded_redis_url(directory: Path) -> str | None:
     """The embedded server's URL, if one is running for this work directory."""
     file = directory / REDIS_FILE
     return file.read_text().strip() if file.is_file() else None
+
+
+def redis_settings(config: Config) -> RedisSettings:
+    """Where the queue is: an embedded server's place, if one is running and no other is configured."""
+    embedded = embedded_redis_url(config.directory)
+    if config.redis.url is None and embedded:
+        return config.redis.model_copy(update={"url": embedded})
+    return config.redis

@@ -31,6 +31,7 @@ from penstock.store.objects import open_store
 
 PROGRAM = (sys.executable, "-m", "penstock.deploy.cli")
 """What children run."""
+LOG_SETTINGS = {"json_logs", "log_level", "library_logs"}
 DONE_FILE = "done.json"
 """Written when everything succeeded: the config it was done for."""
 LOCK_FILE = "lock"
@@ -74,7 +75,7 @@ def run(config: Config, program: Sequence[str] = PROGRAM) -> int:
             f"{run_id} ({r.status}: {r.reason})" for run_id, r in final.runs.items() if r.status != "done"
         ]
         raise PenstockError(f"not everything succeeded: {', '.join(failed) or 'the dataset is incomplete'}")
-    (directory / DONE_FILE).write_text(config.model_dump_json() + "\n")
+    (directory / DONE_FILE).write_text(config.encode())
     print(_story(final, f"report: {directory / 'report.html'}"))
     return 0
 
@@ -96,6 +97,9 @@ def _supervise(config: Config, program: Sequence[str], children: list[Child], st
             server = stack.enter_context(_embedded_server(config.directory))
             environment[URL_VARIABLE] = server.url
             redis_settings = config.redis.model_copy(update={"url": server.url})
+        elif config.redis.url and URL_VARIABLE not in os.environ:
+            # children's config file is without its password
+            environment[URL_VARIABLE] = config.redis.url
         crew = stack.enter_context(_crew(config, stop))
         stack.callback(_stop_all, children, stop)
         supervisor = Supervisor(
@@ -310,7 +314,13 @@ def _same_as_before(config: Config) -> bool:
     done = config.directory / DONE_FILE
     if not done.is_file() or not (config.directory / "report.html").is_file():
         return False
-    return bool(json.loads(done.read_text()) == json.loads(config.model_dump_json()))
+    return _but_logs(done.read_text()) == _but_logs(config.encode())
+
+
+def _but_logs(config: str) -> dict[str, object]:
+    """A config without how it logs: that changes nothing of what is done."""
+    settings: dict[str, object] = json.loads(config)
+    return {name: value for name, value in settings.items() if name not in LOG_SETTINGS}
 
 
 def _story(state: State, last: str) -> str:

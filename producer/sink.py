@@ -100,13 +100,14 @@ class Sink:
     def _mend(self, task: Task, chunk: Chunk) -> None:
         index = task.index
         if self._writer.mend(index, chunk):
-            LOGGER.info("chunk %d is whole again", index)
+            LOGGER.info("chunk %d is whole again", index, extra={"chunk": index})
             metrics.chunks_repaired.inc()
             self._mismatches.pop(index, None)
             self._clean_up(index)
         else:
             self._mismatches[index] = self._mismatches.get(index, 0) + 1
-            LOGGER.error("chunk %d was made again and is not what was committed", index)
+            said = "chunk %d was made again and is not what was committed"
+            LOGGER.error(said, index, extra={"chunk": index})
             if self._mismatches[index] < MISMATCHES:
                 self._give_back(task)
                 return
@@ -117,8 +118,7 @@ class Sink:
         reason = f"{MISMATCHES} recomputations by {self._worker} are not what was committed"
         record = {"format_version": FORMAT_VERSION, "index": index, "reason": reason, "time": time.time()}
         self._writer.store.create_guarded(quarantine_key(index), record)
-        metrics.chunks_quarantined.inc()
-        LOGGER.error("chunk %d is quarantined: %s", index, reason)
+        LOGGER.error("chunk %d is quarantined: %s", index, reason, extra={"chunk": index})
 
     def _give_back(self, task: Task) -> None:
         try:

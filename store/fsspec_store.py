@@ -48,7 +48,9 @@ class FsspecStore(ObjectStore):
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        if parts.password is not None:
+        # a key would follow a query; before an @ stands a token, but for containers of Azure
+        web = parts.scheme in ("http", "https")
+        if parts.password is not None or (web and (parts.username is not None or parts.query)):
             raise StoreError("a URL carries no credentials; use the settings of the service's own tools")
         self._scheme = parts.scheme
         self.url = url.rstrip("/")

@@ -110,10 +110,16 @@ def head_numbers(runs: ObjectStore, run_id: str) -> set[int]:
     return {int(number) for number in numbers if number.isdecimal()}
 
 
-def newest_head(runs: ObjectStore, run_id: str) -> Head | None:
-    """The head with the highest number, or None. A listing is settled by reading until none follows."""
-    n = max(head_numbers(runs, run_id), default=-1)
-    head = read_head(runs, run_id, n) if n >= 0 else None
+def newest_head(runs: ObjectStore, run_id: str, known: Head | None = None) -> Head | None:
+    """The head with the highest number, or None. A listing is settled by reading until none follows.
+
+    Args:
+        known: one that was the newest. Heads are dense: reading goes on from there, without a listing.
+    """
+    head, n = known, known.n if known else -1
+    if known is None:
+        n = max(head_numbers(runs, run_id), default=-1)
+        head = read_head(runs, run_id, n) if n >= 0 else None
     while True:
         n += 1
         try:

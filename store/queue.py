@@ -130,6 +130,10 @@ class ChunkQueue:
         """Chunk index -> worker, for status."""
         return {int(index): owner for index, owner in self._redis.hgetall(self._owners).items()}
 
+    def waiting(self) -> int:
+        """How many chunks are asked for and not claimed, for status."""
+        return int(self._redis.zcard(self._todo))
+
 
 def _missing(planned: int, committed: set[int]) -> list[tuple[int, int]]:
     """First and last of each stretch of indices below `planned` that are not committed, ascending."""
@@ -291,6 +295,13 @@ class RunQueue:
         found: str | None = self._redis.get(f"{self._base}:lease:{run_id}")
         return found
 
+    def holders(self, run_ids: list[str]) -> dict[str, str | None]:
+        """`holder` of several runs, in one request."""
+        if not run_ids:
+            return {}
+        found = self._redis.mget([f"{self._base}:lease:{run_id}" for run_id in run_ids])
+        return dict(zip(run_ids, found, strict=True))
+
     def feed_key(self, run_id: str, head: int) -> str:
         """The stream of the lineage that starts with takeover head `head`."""
         return f"{self._base}:feed:{run_id}:{head}"
@@ -345,9 +356,10 @@ class Presence:
 
     def everyone(self) -> dict[str, dict[str, Any]]:
         """Worker -> what it last said."""
-        found = {}
-        for key in self._redis.scan_iter(f"{self._prefix}*"):
-            value = self._redis.get(key)
-            if value:
-                found[key.removeprefix(self._prefix)] = json.loads(value)
-        return found
+        keys = list(self._redis.scan_iter(f"{self._prefix}*", count=1000))
+        values = self._redis.mget(keys) if keys else []
+        return {
+            key.removeprefix(self._prefix): json.loads(value)
+            for key, value in zip(keys, values, strict=True)
+            if value
+        }

@@ -206,6 +206,24 @@ class Retention:
             needed = self._needed()
         self._unneeded = min([self.floor, *needed.values()])
         self._delete_below(self._unneeded)
+        self._name_slowest(needed)
+
+    def look(self) -> None:
+        """Learn where `advance` would raise the floor to, and change nothing.
+
+        What it gives is for watching only: nothing may be made or deleted by it.
+
+        Raises:
+            UserError, DamagedObject: as `advance`.
+        """
+        if self._budget is None:
+            return
+        _, self.floor = self._newest_floor()
+        needed = self._needed()
+        self.floor = max(self.floor, min(needed.values(), default=self.floor))
+        self._name_slowest(needed)
+
+    def _name_slowest(self, needed: dict[str, int]) -> None:
         slowest = min(needed, key=lambda run: needed[run], default="")
         self._slowest = f"run {slowest}, which still needs chunk {needed[slowest]}" if slowest else ""
 

@@ -27,6 +27,7 @@ import s3fs
 
 from penstock.common import metrics
 from penstock.common.errors import StoreError
+from penstock.common.redact import redact
 from penstock.common.retries import retrying
 from penstock.store.objects import ObjectStore
 from penstock.store.s3_errors import Where, brief, code, explain, is_transient, status, without_secrets
@@ -58,7 +59,7 @@ class S3Store(ObjectStore):
                 "an s3:// URL carries no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
-            raise StoreError(f"{url}: not an object store URL; write s3://bucket/prefix")
+            raise StoreError(f"{redact(url)}: not an object store URL; write s3://bucket/prefix")
         self._bucket = parts.netloc
         self._prefix = f"{path}/" if (path := parts.path.strip("/")) else ""
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")

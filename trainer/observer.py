@@ -7,6 +7,7 @@ import redis
 
 from penstock.common import metrics
 from penstock.common.heartbeat import Heartbeat
+from penstock.common.logs import LOGGER
 from penstock.store.heads import Head
 from penstock.store.objects import ObjectStore
 from penstock.store.queue import Feed, Presence, RunQueue
@@ -77,11 +78,11 @@ class RunObserver:
         self._rows_seen = group.rows
         show_figures(self._run, group.figures)
         self._voice.say(rows=group.rows, figures=group.figures, waiting_for=None)
-        forgiving(lambda: metrics.backlog_chunks.labels(self._run).set(self._feed.length()))
 
     def committed(self, group: Group, head: Head, seconds: float) -> None:
         self._heartbeat.beat()
         metrics.sae_head_commit_seconds.observe(seconds)
+        LOGGER.info("head %d at position %d of run %s", head.n, head.position, self._run)
         forgiving(lambda: self._queue.add(self._run, head.position))
         forgiving(lambda: self._feed.trim(head.position))
 

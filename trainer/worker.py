@@ -22,7 +22,7 @@ from penstock.common.errors import (
 )
 from penstock.common.health import Health
 from penstock.common.heartbeat import Heartbeat
-from penstock.common.logs import LOGGER
+from penstock.common.logs import LOGGER, tell_about
 from penstock.store.heads import barren_takeovers, newest_head
 from penstock.store.loader import WindowReader
 from penstock.store.objects import ObjectStore
@@ -125,6 +125,7 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 stop.wait(IDLE_SECONDS)
                 continue
             leased.append(run_id)
+            tell_about(run=run_id)
             voice.say(run=run_id)
             try:
                 carry_on(place, queue, run_id, heartbeat, voice, stop)
@@ -141,6 +142,7 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 leased.clear()
                 voice.say(run=None, rows=None, figures=None, waiting_for=None)
                 forgiving(partial(queue.release, run_id))
+                tell_about(run=None)
     finally:
         heartbeat.close()
         voice.leave()

@@ -10,10 +10,11 @@ import pytest
 from penstock.common.errors import UserError
 from penstock.deploy.config import load_config
 from penstock.deploy.heal import Repair
-from penstock.deploy.look import describe, status_lines, status_record
+from penstock.deploy.look import describe
 from penstock.deploy.manage import cancel, remove
 from penstock.deploy.processes import submit
 from penstock.deploy.state import read_state
+from penstock.deploy.status import status_lines, survey
 from penstock.store.dataset import Dataset, open_dataset
 from penstock.store.retention import readers
 from services.command import penstock, small_config, write_config
@@ -78,7 +79,7 @@ def test_the_report_names_both(grown: Path, parts: list[Dataset], summary: dict[
 def test_status_and_inspect(grown: Path, parts: list[Dataset], summary: dict[str, Any]) -> None:
     config = load_config(str(grown / "second.yaml"))
     n = sum(part.n_chunks for part in parts)
-    status = "\n".join(status_lines(status_record(config)))
+    status = "\n".join(status_lines(survey(config)))
     assert f"run {summary['run']}: done, position {n} of {n}" in status
     inspected = list(describe(f"{config.runs_url}/{summary['run']}"))
     for part in parts:

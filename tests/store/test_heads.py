@@ -22,6 +22,7 @@ from penstock.store.heads import (
 )
 from penstock.store.layout import head_key
 from penstock.store.local import LocalStore
+from services.counting import CountingStore
 
 RUN = "run-1"
 
@@ -122,6 +123,14 @@ class TestReading:
         last = [add(runs, position) for position in (3, 6, 9)][-1]
         monkeypatch.setattr(runs, "list", lambda prefix: iter([(head_key(RUN, 1), 1)]))
         assert newest_head(runs, RUN) == last
+
+    def test_from_a_known_one_on_nothing_is_listed(self, runs: LocalStore) -> None:
+        known = add(runs, 1)
+        last = [add(runs, position) for position in (2, 3)][-1]
+        counting = CountingStore(runs)
+        assert newest_head(counting, RUN, known) == last
+        assert newest_head(counting, RUN, last) == last
+        assert {what for what, _ in counting.take()} == {"get"}
 
     def test_a_lineage_is_read_only_as_far_as_it_is_looked_at(self, runs: LocalStore) -> None:
         take_over(runs)
