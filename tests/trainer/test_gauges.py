@@ -45,7 +45,7 @@ FIGURES = {"sae_loss", "sae_l0", "sae_dead_features", "sae_explained_variance"}
 
 
 def test_a_run_is_shown_while_it_is_held_and_after_its_end(bench: Bench, dataset: Dataset) -> None:
-    config = bench.submit(dataset)
+    config = bench.submit(dataset, name="shown")
     run, stop = config.run_id, threading.Event()
     with interrupted("stop", config.total_steps() - 1, stop):
         bench.work(stop)
@@ -72,7 +72,7 @@ def test_one_worker_shows_one_run_at_a_time(bench: Bench, dataset: Dataset) -> N
 def test_a_run_whose_loss_was_not_finite_is_named(
     bench: Bench, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = bench.submit(dataset)
+    config = bench.submit(dataset, name="diverging")
     before = time.time()
     monkeypatch.setattr(Group, "end_window", lambda group, loaded: ("l1", 3))
     bench.work()
