@@ -78,18 +78,12 @@ chunk_corrupt = Counter(
     "penstock_chunk_corrupt", "Reads of chunks that failed their checks", registry=REGISTRY
 )
 chunks_repaired = Counter("penstock_chunks_repaired", "Damaged chunks made whole again", registry=REGISTRY)
-chunks_quarantined = Counter(
-    "penstock_chunks_quarantined", "Chunks given up: readers skip them", registry=REGISTRY
-)
 producer_rows = Counter("penstock_producer_rows", "Rows captured and committed", registry=REGISTRY)
 producer_blocked_seconds = Counter(
     "penstock_producer_blocked_seconds",
     "Seconds a producer could not work",
     ["reason"],
     registry=REGISTRY,
-)
-backlog_chunks = Gauge(
-    "penstock_backlog_chunks", "Chunks fed and not yet trained on", _RUN, registry=REGISTRY
 )
 object_retries = Counter(
     "penstock_object_retries", "Object store requests tried again", ["op"], registry=REGISTRY

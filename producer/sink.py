@@ -117,7 +117,6 @@ class Sink:
         reason = f"{MISMATCHES} recomputations by {self._worker} are not what was committed"
         record = {"format_version": FORMAT_VERSION, "index": index, "reason": reason, "time": time.time()}
         self._writer.store.create_guarded(quarantine_key(index), record)
-        metrics.chunks_quarantined.inc()
         LOGGER.error("chunk %d is quarantined: %s", index, reason)
 
     def _give_back(self, task: Task) -> None:

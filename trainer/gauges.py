@@ -33,9 +33,6 @@ class RunGauges:
         """`time`: of the takeover head, in Unix seconds."""
         self._show(metrics.sae_takeover_timestamp_seconds, time, run)
 
-    def backlog(self, run: str, chunks: int) -> None:
-        self._show(metrics.backlog_chunks, chunks, run)
-
     def figures(self, run: str, figures: dict[str, dict[str, float]]) -> None:
         """The figures of a run's last window, by SAE: the same that its head records."""
         for sae, values in figures.items():

@@ -78,7 +78,6 @@ class RunObserver:
         self._rows_seen = group.rows
         self._voice.gauges.figures(self._run, group.figures)
         self._voice.say(rows=group.rows, figures=group.figures, waiting_for=None)
-        forgiving(lambda: self._voice.gauges.backlog(self._run, self._feed.length()))
 
     def committed(self, group: Group, head: Head, seconds: float) -> None:
         self._heartbeat.beat()

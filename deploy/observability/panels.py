@@ -13,8 +13,6 @@ TAG = "penstock"
 """Every dashboard has it, so that each links to the others."""
 RUN = 'run=~"$run"'
 """Matches the runs chosen at the top of a dashboard."""
-EXPORTER_BACKLOG = 'penstock_backlog_chunks{job="exporter"}'
-"""By the store. A trainer tells its own, of the feed, at the end of each window."""
 
 
 @dataclass(frozen=True)
