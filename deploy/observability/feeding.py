@@ -1,7 +1,6 @@
 """Is it fed? From producers over the store to trainers: who waits for whom."""
 
 from penstock.deploy.observability.panels import (
-    EXPORTER_BACKLOG,
     RUN,
     Dashboard,
     Panel,
@@ -12,7 +11,6 @@ from penstock.deploy.observability.panels import (
 
 WAIT = f"sum by (run) (rate(sae_data_wait_seconds_total{{{RUN}}}[$__rate_interval]))"
 BLOCKED = "sum by (reason) (rate(penstock_producer_blocked_seconds_total[$__rate_interval]))"
-BACKLOG = EXPORTER_BACKLOG.replace("{", f"{{{RUN}, ")
 
 FEEDING = Dashboard(
     name="feeding",
@@ -33,7 +31,7 @@ FEEDING = Dashboard(
                 ),
                 Panel(
                     "Backlog",
-                    [Query(BACKLOG, "{{run}}")],
+                    [Query(f"penstock_backlog_chunks{{{RUN}}}", "{{run}}")],
                     text="Chunks stored that come next in the reading order: what a run can train on before "
                     "it must wait.",
                 ),
