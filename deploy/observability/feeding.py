@@ -59,7 +59,6 @@ FEEDING = Dashboard(
                     unit="rowsps",
                     text="Rows captured and committed, by producer.",
                     stacked=True,
-                    may_be_empty="a dataset that is complete has no producer at work",
                 ),
                 Panel(
                     "What blocks them",
@@ -116,7 +115,6 @@ FEEDING = Dashboard(
                     quantiles("penstock_chunk_write_seconds"),
                     unit="s",
                     text="All its objects and its commit.",
-                    may_be_empty="nothing is stored once the dataset is complete",
                 ),
                 Panel(
                     "Requests tried again",
@@ -124,12 +122,12 @@ FEEDING = Dashboard(
                         Query(
                             "sum by (op) (rate(penstock_object_retries_total[$__rate_interval]))",
                             "objects: {{op}}",
+                            "every request was answered at once",
                         ),
                         Query("sum(rate(penstock_redis_retries_total[$__rate_interval]))", "Redis"),
                     ],
                     unit="reqps",
                     text="A few are no matter; many explain slow reads and writes.",
-                    may_be_empty="the object store answered every request at once",
                 ),
             ],
         ),

@@ -123,7 +123,6 @@ LEARNING = Dashboard(
                     ],
                     unit="s",
                     text="At the speed of the last 15 minutes.",
-                    may_be_empty="a run that stands still has no end in sight",
                 ),
             ],
         ),

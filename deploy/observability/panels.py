@@ -17,10 +17,14 @@ RUN = 'run=~"$run"'
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and what its series are called: text with `{{label}}`."""
+    """PromQL, and what its series are called: text with `{{label}}`.
+
+    `may_be_empty`: why there is no data where all is well, and runs are trained.
+    """
 
     expr: str
     legend: str = "__auto"
+    may_be_empty: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,6 @@ class Panel:
         limits: value -> colour from there on.
         stacked: areas on top of each other.
         log: logarithmic axis.
-        may_be_empty: no data on a healthy system, because of what this says.
     """
 
     title: str
@@ -47,7 +50,6 @@ class Panel:
     stacked: bool = False
     log: bool = False
     top: float | None = None
-    may_be_empty: str | None = None
 
 
 @dataclass(frozen=True)

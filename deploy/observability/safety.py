@@ -21,7 +21,6 @@ SAFETY = Dashboard(
                     kind="table",
                     width=12,
                     height=6,
-                    may_be_empty="nothing is wrong",
                 ),
                 Panel(
                     "Processes scraped",
@@ -58,14 +57,12 @@ SAFETY = Dashboard(
                     [Query(f"{AGE} / {INTERVAL}", "{{run}}")],
                     text="NoHead fires above 5, unless the run waits for data.",
                     limits={5: "red"},
-                    may_be_empty="no run has made two heads and goes on",
                 ),
                 Panel(
                     "Committing a head",
                     quantiles("sae_head_commit_seconds"),
                     unit="s",
                     text="Storing the checkpoint and creating the head; training pauses meanwhile.",
-                    may_be_empty="no head was committed within the interval",
                 ),
             ],
         ),
@@ -77,7 +74,6 @@ SAFETY = Dashboard(
                     [Query(f"penstock_run_held{{{RUN}}}", "{{run}}")],
                     text="1 while a worker holds the run's lease. Runs that have not ended.",
                     top=1,
-                    may_be_empty="every run has ended",
                 ),
                 Panel(
                     "Takeovers",
@@ -138,13 +134,12 @@ SAFETY = Dashboard(
                     text="Of the file systems that local stores lie on. LowDisk fires below 10 GB, or when "
                     "it will be full within four hours.",
                     width=12,
-                    may_be_empty="all stores are object stores",
                 ),
                 Panel(
                     "Stored",
                     [
                         Query("penstock_store_bytes", "{{url}}"),
-                        Query("penstock_store_quota_bytes", "quota of {{url}}"),
+                        Query("penstock_store_quota_bytes", "quota of {{url}}", "no quota is set"),
                     ],
                     unit="bytes",
                     text="Bytes below each URL, counted every ten minutes.",
