@@ -9,7 +9,7 @@ import pytest
 from penstock.common.metrics import BLOCKED_REASONS, REGISTRY
 from penstock.store.dataset import Dataset
 from penstock.trainer.group import Group
-from services.dictionaries import K, settings_of
+from services.dictionaries import SETTINGS, K, settings_of
 from services.runs import Bench
 from services.training import interrupted, sample
 
@@ -31,6 +31,10 @@ HELD: list[tuple[str, dict[str, Any], float | None]] = [
 @pytest.mark.parametrize(("kind", "changes", "held"), HELD)
 def test_which_l0_training_holds(kind: str, changes: dict[str, Any], held: float | None) -> None:
     assert settings_of(kind, **changes).held_l0 == held
+
+
+def test_every_kind_was_asked() -> None:
+    assert {kind for kind, _, _ in HELD} == SETTINGS.keys()
 
 
 def shown(run: str) -> set[str]:

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.services
 
 EXPORTER_IS_THERE = "exporter" in cli.commands
 """Until then its queries are only asked, and need not have data."""
+MISSED = 'ALERTS{alertname="ScrapeDown", job="trainer"}'
+"""A trainer that was killed; it fires two minutes later."""
 QUERIES = [
     pytest.param(query, id=f"{dashboard.name}: {panel.title}: {query.legend}")
     for dashboard in DASHBOARDS
@@ -109,6 +111,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterat
                 assert penstock("submit", file).returncode == 0
                 eventually(lambda: head(2), 120)
                 kill(first)
+                eventually(lambda: server.now(MISSED), 60)
                 run_process("train", ports["trainer"])
                 eventually(done, 180)
                 ended = time.time()
@@ -168,6 +171,11 @@ def test_the_alerts_say_what_happened_and_nothing_else(watched: Watched) -> None
     fired = {(series["metric"]["alertname"], series["metric"].get("run")) for series in found}
     # here a producer that has finished stays a target, and until there is an exporter it is missed
     assert fired - {("ScrapeDown", None)} == {("RunTakenOver", watched.run)}
+
+
+def test_the_trainer_that_was_killed_is_missed_no_longer(watched: Watched) -> None:
+    assert watched.server.since(MISSED, watched.began)
+    assert watched.server.now(MISSED) == []
 
 
 @pytest.mark.parametrize("job", ["producer", "trainer", "exporter"])
