@@ -14,6 +14,10 @@ _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 sae_loss = Gauge("sae_loss", "Training loss per row, by component", [*_SAE, "component"], registry=REGISTRY)
 sae_l0 = Gauge("sae_l0", "Mean active features per row", _SAE, registry=REGISTRY)
+sae_l0_target = Gauge(
+    "sae_l0_target", "Active features per row that training holds, if it holds any", _SAE, registry=REGISTRY
+)
+sae_features = Gauge("sae_features", "Features of an SAE", _SAE, registry=REGISTRY)
 sae_dead_features = Gauge(
     "sae_dead_features",
     "Features not active in the declared window of rows",
@@ -47,6 +51,18 @@ sae_head_commit_seconds = Histogram(
     registry=REGISTRY,
 )
 sae_takeovers = Counter("sae_takeovers", "Runs taken over from a head", registry=REGISTRY)
+sae_takeover_timestamp_seconds = Gauge(
+    "sae_takeover_timestamp_seconds",
+    "When this worker took its run over from a head, in Unix time",
+    _RUN,
+    registry=REGISTRY,
+)
+sae_run_failed_timestamp_seconds = Gauge(
+    "sae_run_failed_timestamp_seconds",
+    "When this worker ended a run as failed, in Unix time, and why: not finite, given up",
+    ["run", "reason"],
+    registry=REGISTRY,
+)
 sae_fenced = Counter("sae_fenced", "Times this worker found itself replaced", registry=REGISTRY)
 
 chunks_committed = Counter("penstock_chunks_committed", "Chunks committed", registry=REGISTRY)
@@ -77,5 +93,10 @@ object_retries = Counter(
     "penstock_object_retries", "Object store requests tried again", ["op"], registry=REGISTRY
 )
 redis_retries = Counter("penstock_redis_retries", "Redis commands tried again", registry=REGISTRY)
+BLOCKED_REASONS = ("redis", "budget", "claimed by others", "store")
+"""Why a producer cannot work. Rates want counters from the start on."""
+for _reason in BLOCKED_REASONS:
+    producer_blocked_seconds.labels(_reason)
+
 queue_rebuilds = Counter("penstock_queue_rebuilds", "Feeds rebuilt from the store", registry=REGISTRY)
 build_info = Gauge("penstock_build_info", "Always 1", ["version", "torch"], registry=REGISTRY)

@@ -11,6 +11,7 @@ from penstock.common.logs import LOGGER
 from penstock.store.heads import Head
 from penstock.store.objects import ObjectStore
 from penstock.store.queue import Feed, Presence, RunQueue
+from penstock.trainer.gauges import RunGauges
 from penstock.trainer.group import Group
 from penstock.trainer.pending import reconcile_runs
 from penstock.trainer.supply import Supply
@@ -21,9 +22,10 @@ RECONCILE_SECONDS = 15.0
 
 
 class Voice:
-    """What the worker says of itself, for status and progress."""
+    """What the worker says of itself, for status and progress, and of its run, for /metrics."""
 
     def __init__(self, place: Workplace) -> None:
+        self.gauges = RunGauges()
         self._presence = Presence(place.client, place.redis.prefix, place.worker)
         self._seconds = 3 * place.redis.lease_seconds
         self._word: dict[str, Any] = {"kind": "trainer", "port": place.port, "run": None}
@@ -58,9 +60,8 @@ class RunObserver:
         self._rows_seen = group.rows
         self._runs = runs
         self._reconciled = time.monotonic()
-        for sae in group.config.settings.saes:
-            metrics.sae_dead_window_rows.labels(self._run, sae.name).set(sae.dead_after_rows)
-        show_figures(self._run, group.figures)
+        voice.gauges.begin(group.config)
+        voice.gauges.figures(self._run, group.figures)
 
     def stepped(self, group: Group, seconds: float) -> None:
         self._heartbeat.beat()
@@ -76,7 +77,7 @@ class RunObserver:
         metrics.sae_window_seconds.observe(seconds)
         metrics.sae_train_rows.labels(self._run).inc(group.rows - self._rows_seen)
         self._rows_seen = group.rows
-        show_figures(self._run, group.figures)
+        self._voice.gauges.figures(self._run, group.figures)
         self._voice.say(rows=group.rows, figures=group.figures, waiting_for=None)
 
     def committed(self, group: Group, head: Head, seconds: float) -> None:
@@ -97,18 +98,3 @@ class RunObserver:
         except redis.RedisError:
             return False
         return False
-
-
-def show_figures(run_id: str, figures: dict[str, dict[str, float]]) -> None:
-    """Set the gauges of a run to the figures of its last window: the same that its head records."""
-    for sae, values in figures.items():
-        for name, value in values.items():
-            if name == "l0":
-                metrics.sae_l0.labels(run_id, sae).set(value)
-            elif name == "dead_features":
-                metrics.sae_dead_features.labels(run_id, sae).set(value)
-            elif name == "explained_variance":
-                metrics.sae_explained_variance.labels(run_id, sae).set(value)
-            else:
-                component = "total" if name == "loss" else name
-                metrics.sae_loss.labels(run_id, sae, component).set(value)

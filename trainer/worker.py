@@ -134,6 +134,8 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 metrics.sae_fenced.inc()
                 LOGGER.warning("%s", error)
             except RunFailed as error:
+                reason = "not finite" if isinstance(error, Diverged) else "given up"
+                metrics.sae_run_failed_timestamp_seconds.labels(run_id, reason).set(time.time())
                 LOGGER.error("%s", error)
             except (DataError, ConfigError) as error:
                 LOGGER.error("run %s cannot be carried on: %s", run_id, error)
@@ -197,6 +199,9 @@ def carry_on(
     reader = WindowReader(data, config.hooks, config.order, supply)
     loader = place.loader(reader, config.order.window_starting_at(group.position))
     observer = RunObserver(queue, feed, heartbeat, voice, supply, group, place.runs)
+    if lineage.head.n > 0:
+        voice.gauges.taken_over(run_id, lineage.takeover.time)
+    outcome: Outcome | None = None
     try:
         outcome = train(group, lineage, loader, observer, stop)
     except Stopped:
@@ -207,6 +212,8 @@ def carry_on(
     except Detached as error:
         raise _failed(place, queue, config, lineage, str(error)) from error
     finally:
+        if outcome != "done":
+            voice.gauges.forget()
         leave.set()
         loader.close()
     LOGGER.info("run %s: %s at position %d, step %d", run_id, outcome, group.position, group.step)

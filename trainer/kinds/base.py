@@ -77,6 +77,11 @@ class SAESettings(Settings):
         """Hook points whose rows it needs: its input's, and its target's if that is another one."""
         return (self.hook_name,)
 
+    @property
+    def held_l0(self) -> float | None:
+        """Active features per row that training holds; None where the penalty alone decides."""
+        return None
+
 
 @dataclass(frozen=True)
 class Schedule:

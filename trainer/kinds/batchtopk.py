@@ -38,6 +38,10 @@ class BatchTopKSettings(AuxKSettings):
     threshold_decay: float = Field(0.99, ge=0, lt=1)
     """Share of the inference threshold that stays in each step; the rest is the smallest activation kept."""
 
+    @property
+    def held_l0(self) -> float | None:
+        return float(self.k)
+
 
 class BatchTopK(Kind):
     """See the module.

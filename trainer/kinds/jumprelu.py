@@ -53,6 +53,10 @@ class JumpReLUSettings(SAESettings):
             raise ValueError(f"l0_target is {self.l0_target}, more than its d_sae of {self.d_sae}")
         return self
 
+    @property
+    def held_l0(self) -> float | None:
+        return self.l0_target
+
 
 class JumpReLU(Kind):
     """See the module.

@@ -53,6 +53,10 @@ class SwitchSettings(AuxKSettings):
             raise ValueError(f"k: an expert has {self.d_sae // self.experts} features only")
         return self
 
+    @property
+    def held_l0(self) -> float | None:
+        return float(self.k + self.always_on_k)
+
 
 @dataclass(frozen=True)
 class Routed:

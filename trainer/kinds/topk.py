@@ -36,6 +36,10 @@ class TopKSettings(AuxKSettings):
     k: int = Field(ge=1)
     """Features kept per row (L0)."""
 
+    @property
+    def held_l0(self) -> float | None:
+        return float(self.k)
+
 
 class TopK(Kind):
     """See the module."""

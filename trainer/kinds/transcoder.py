@@ -57,6 +57,10 @@ class TranscoderSettings(AuxKSettings):
         return self
 
     @property
+    def held_l0(self) -> float | None:
+        return None if self.k is None else float(self.k)
+
+    @property
     def hooks(self) -> tuple[str, ...]:
         return (self.hook_name, self.hook_out)
 

@@ -1,0 +1,1 @@
+"""Dashboards, alerts and the configuration of Prometheus, Alertmanager and Grafana."""
