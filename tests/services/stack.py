@@ -1,0 +1,216 @@
+"""`docker compose up` without Docker: services of a Compose file in containers of services/containers.py."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from services.compose import Compose, HealthCheck, Service
+from services.containers import Container, Networks, Spec
+
+IMAGE_USERS = {"valkey": (999, 999)}
+"""Users that images have by name."""
+
+
+class Forwarder:
+    """TCP from one address to another, for as long as the `with` block lasts."""
+
+    def __init__(self, listen: tuple[str, int], to: tuple[str, int]) -> None:
+        self._to = to
+        self._server = socket.create_server(listen)
+        threading.Thread(target=self._accept, name="forwarder", daemon=True).start()
+
+    def __enter__(self) -> "Forwarder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # wakes the thread that accepts
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._to)
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=_pump, args=(one, other), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    try:
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        sink.close()
+
+
+class Stack:
+    """Services as Compose would run them.
+
+    Call `step` again and again: it starts what may be started and starts again what the policy says.
+
+    Args:
+        image: service -> (ENV, health check) of its image.
+        programs: image name (without its tag) -> programs that stand for those of the image.
+        elsewhere: services that something on this machine stands for: they have its address.
+    """
+
+    def __init__(
+        self,
+        compose: Compose,
+        services: dict[str, Service],
+        networks: Networks,
+        directory: Path,
+        image: Callable[[Service], tuple[dict[str, str], list[str]]],
+        programs: Callable[[Service], dict[str, str]],
+        shown: list[Path],
+        elsewhere: dict[str, str],
+        root: Path = Path("/"),
+    ) -> None:
+        self.services = services
+        self.containers: dict[str, list[Container]] = {}
+        self.ends: dict[str, list[int]] = {name: [] for name in services}
+        self._compose, self._networks, self._directory = compose, networks, directory
+        self._image, self._programs, self._shown, self._root = image, programs, shown, root
+        self._elsewhere = elsewhere
+        self._addresses = {
+            name: {network: networks.address(network) for network in service.networks}
+            for name, service in services.items()
+        }
+        self._again_at: dict[str, float] = {}
+
+    def __enter__(self) -> "Stack":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for containers in self.containers.values():
+            for container in containers:
+                container.remove()
+
+    def step(self) -> None:
+        """Do what can be done now."""
+        for name, service in self.services.items():
+            if name in self._elsewhere:
+                continue
+            if name not in self.containers:
+                if all(self._met(other, need.condition) for other, need in service.depends_on.items()):
+                    self.containers[name] = [self._start(name)]
+                continue
+            (container,) = self.containers[name]
+            code = container.exit_code
+            if code is None:
+                continue
+            if name not in self._again_at:
+                self.ends[name].append(code)
+                again = service.restart in ("unless-stopped", "always") or (
+                    service.restart == "on-failure" and code != 0
+                )
+                self._again_at[name] = time.monotonic() + 1.0 if again else float("inf")
+            elif time.monotonic() >= self._again_at[name]:
+                del self._again_at[name]
+                container.remove()
+                self.containers[name] = [self._start(name)]
+
+    def completed(self, name: str) -> bool:
+        """Whether a service ended with 0."""
+        return bool(self.ends[name]) and self.ends[name][-1] == 0
+
+    def healthy(self, name: str) -> bool:
+        """Whether its health check passes now."""
+        if name in self._elsewhere:
+            return True
+        containers = self.containers.get(name)
+        if not containers:
+            return False
+        service = self.services[name]
+        _, check = self._image(service)
+        return containers[0].healthy(service.healthcheck or HealthCheck(), check)
+
+    def container(self, name: str) -> Container:
+        (container,) = self.containers[name]
+        return container
+
+    def logs(self) -> dict[str, str]:
+        """Everything that each service ever said."""
+        return {
+            path.name.removesuffix(".log"): path.read_text(errors="replace")
+            for path in self._directory.glob("*.log")
+        }
+
+    def volume(self, name: str) -> Path:
+        """Where a named volume lies on this machine."""
+        return self._directory / "volumes" / name
+
+    def _met(self, name: str, condition: str) -> bool:
+        if name in self._elsewhere:
+            return True
+        if condition == "service_completed_successfully":
+            return self.completed(name)
+        return self.healthy(name) if condition == "service_healthy" else name in self.containers
+
+    def _start(self, name: str) -> Container:
+        service = self.services[name]
+        environment, _ = self._image(service)
+        user = service.user or "0:0"
+        uid, gid = IMAGE_USERS[user] if user in IMAGE_USERS else tuple(map(int, user.split(":")))
+        mounts = []
+        for mount in service.volumes:
+            source = mount.path
+            if mount.is_volume:
+                source = self.volume(mount.source)
+                if not source.exists():
+                    source.mkdir(parents=True)
+                    # as Docker does for what an image declares: a new volume belongs to the image's user
+                    os.chown(source, uid, gid)
+            mounts.append((source, mount.target, mount.read_only))
+        entry = ["penstock"] if service.is_penstock else []
+        return Container(
+            Spec(
+                name=name,
+                command=[*entry, *service.command],
+                environment=environment | service.environment,
+                uid=uid,
+                gid=gid,
+                root=self._root,
+                programs=self._programs(service),
+                shown=self._shown,
+                mounts=mounts,
+                tmpfs=service.tmpfs,
+                networks={
+                    self._networks.bridge(network): address
+                    for network, address in self._addresses[name].items()
+                },
+                hosts=self._hosts(name),
+                read_only=service.read_only,
+                workdir="/var/lib/penstock" if service.is_penstock else "/",
+            ),
+            self._directory,
+        )
+
+    def _hosts(self, name: str) -> dict[str, str]:
+        """Names that a service can look up: those on its own networks."""
+        found: dict[str, str] = {}
+        for other, addresses in self._addresses.items():
+            for network, address in addresses.items():
+                if network in self.services[name].networks:
+                    there = self._elsewhere.get(other, address)
+                    for alias in (other, *self.services[other].networks[network].aliases):
+                        found.setdefault(alias, there)
+        return found
