@@ -160,15 +160,17 @@ class Container:
     def kill(self) -> None:
         """SIGKILL to the container's first process; the system ends the others with it."""
         inner = self._inner()
-        if inner is not None:
+        if inner is None:
+            self.process.kill()
+        else:
+            # unshare would tell it, but what changes its user is told no more
             os.kill(inner, signal.SIGKILL)
         self.process.wait()
 
     def remove(self) -> None:
         """End it, whatever it does, and take everything away but volumes and its log."""
         if self.exit_code is None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
         subprocess.run(["ip", "netns", "delete", self._net], check=False)
         shutil.rmtree(self._directory, ignore_errors=True)
 
