@@ -57,6 +57,7 @@ class Spec:
         tmpfs: as Compose has them, options included.
         networks: network -> address.
         hosts: name -> address.
+        name_server: address of one, if there is any.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Spec:
     tmpfs: list[str] = field(default_factory=list)
     networks: dict[str, str] = field(default_factory=dict)
     hosts: dict[str, str] = field(default_factory=dict)
+    name_server: str | None = None
     read_only: bool = True
     workdir: str = "/"
 
@@ -219,6 +221,7 @@ class Container:
             f"mount -t proc proc {root}/proc",
             f"mount --rbind /dev {root}/dev",
             f"cp {self._file('hosts', self._hosts())} {root}/etc/hosts",
+            f"rm -f {root}/etc/resolv.conf; cp {self._file('resolv.conf', self._resolver())} {root}/etc",
             f"mkdir -p {root}/opt/penstock/bin {root}{spec.workdir}",
         ]
         for name, script in spec.programs.items():
@@ -255,6 +258,9 @@ class Container:
     def _hosts(self) -> str:
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.spec.hosts.items())]
         return "\n".join(lines) + "\n"
+
+    def _resolver(self) -> str:
+        return f"nameserver {self.spec.name_server}\n" if self.spec.name_server else ""
 
     def _file(self, name: str, text: str) -> Path:
         path = self._directory / name

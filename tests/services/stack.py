@@ -1,19 +1,29 @@
 """`docker compose up` without Docker: services of a Compose file in containers of services/containers.py."""
 
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from services.compose import Compose, HealthCheck, Service
+from services.compose import HealthCheck, Service
 from services.containers import Container, Networks, Spec
 
-IMAGE_USERS = {"valkey": (999, 999)}
-"""Users that images have by name."""
+
+@dataclass(frozen=True)
+class Image:
+    """What an image says: ENTRYPOINT, ENV, USER, HEALTHCHECK, and programs that stand for its own."""
+
+    entry: list[str]
+    environment: dict[str, str]
+    programs: dict[str, str]
+    user: tuple[int, int]
+    health: list[str]
 
 
 class Forwarder:
@@ -69,29 +79,24 @@ class Stack:
     Call `step` again and again: it starts what may be started and starts again what the policy says.
 
     Args:
-        image: service -> (ENV, health check) of its image.
-        programs: image name (without its tag) -> programs that stand for those of the image.
-        elsewhere: services that something on this machine stands for: they have its address.
+        shown: directories of this machine that every container can read.
+        elsewhere: service -> address, for those that something on this machine stands for.
     """
 
     def __init__(
         self,
-        compose: Compose,
         services: dict[str, Service],
         networks: Networks,
         directory: Path,
-        image: Callable[[Service], tuple[dict[str, str], list[str]]],
-        programs: Callable[[Service], dict[str, str]],
+        image: Callable[[Service], Image],
         shown: list[Path],
         elsewhere: dict[str, str],
-        root: Path = Path("/"),
     ) -> None:
         self.services = services
         self.containers: dict[str, list[Container]] = {}
         self.ends: dict[str, list[int]] = {name: [] for name in services}
-        self._compose, self._networks, self._directory = compose, networks, directory
-        self._image, self._programs, self._shown, self._root = image, programs, shown, root
-        self._elsewhere = elsewhere
+        self._networks, self._directory = networks, directory
+        self._image, self._shown, self._elsewhere = image, shown, elsewhere
         self._addresses = {
             name: {network: networks.address(network) for network in service.networks}
             for name, service in services.items()
@@ -147,12 +152,45 @@ class Stack:
         if not containers:
             return False
         service = self.services[name]
-        _, check = self._image(service)
-        return containers[0].healthy(service.healthcheck or HealthCheck(), check)
+        return containers[0].healthy(service.healthcheck or HealthCheck(), self._image(service).health)
 
     def container(self, name: str) -> Container:
         (container,) = self.containers[name]
         return container
+
+    def address(self, name: str, network: str) -> str:
+        """A service's address, also for this machine."""
+        return self._addresses[name][network]
+
+    def found(self, network: str, name: str) -> list[str]:
+        """Addresses of the containers that run under a name on a network."""
+        return [
+            self._addresses[service][network]
+            for service, containers in list(self.containers.items())
+            if network in self._addresses[service]
+            and name in (service, *self.services[service].networks[network].aliases)
+            and containers
+            and containers[0].exit_code is None
+        ]
+
+    def down(self) -> dict[str, float]:
+        """Stop what runs, as `docker compose down` does; volumes stay. Seconds that each service took.
+
+        Fails if one does not end with 0 within its grace.
+        """
+        took = {}
+        for name, containers in self.containers.items():
+            for container in containers:
+                if container.exit_code is None:
+                    began = time.monotonic()
+                    assert container.stop(self.services[name].stop_grace_period) == 0, name
+                    took[name] = round(time.monotonic() - began, 2)
+                container.remove()
+        self.containers.clear()
+        self._again_at.clear()
+        for ends in self.ends.values():
+            ends.clear()
+        return took
 
     def logs(self) -> dict[str, str]:
         """Everything that each service ever said."""
@@ -174,9 +212,10 @@ class Stack:
 
     def _start(self, name: str) -> Container:
         service = self.services[name]
-        environment, _ = self._image(service)
-        user = service.user or "0:0"
-        uid, gid = IMAGE_USERS[user] if user in IMAGE_USERS else tuple(map(int, user.split(":")))
+        image = self._image(service)
+        # a name in place of numbers is the image's own user
+        numbers = re.fullmatch(r"(\d+):(\d+)", service.user or "")
+        uid, gid = (int(numbers[1]), int(numbers[2])) if numbers else image.user
         mounts = []
         for mount in service.volumes:
             source = mount.path
@@ -187,16 +226,14 @@ class Stack:
                     # as Docker does for what an image declares: a new volume belongs to the image's user
                     os.chown(source, uid, gid)
             mounts.append((source, mount.target, mount.read_only))
-        entry = ["penstock"] if service.is_penstock else []
         return Container(
             Spec(
                 name=name,
-                command=[*entry, *service.command],
-                environment=environment | service.environment,
+                command=[*image.entry, *service.command],
+                environment=image.environment | service.environment,
                 uid=uid,
                 gid=gid,
-                root=self._root,
-                programs=self._programs(service),
+                programs=image.programs,
                 shown=self._shown,
                 mounts=mounts,
                 tmpfs=service.tmpfs,
@@ -205,6 +242,7 @@ class Stack:
                     for network, address in self._addresses[name].items()
                 },
                 hosts=self._hosts(name),
+                name_server=self._networks.gateway("watch") if "watch" in service.networks else None,
                 read_only=service.read_only,
                 workdir="/var/lib/penstock" if service.is_penstock else "/",
             ),
