@@ -215,9 +215,8 @@ class Container:
             f"mount -t overlay overlay "
             f"-o lowerdir={spec.root},upperdir={upper},workdir={base / 'work'} {root}",
         ]
-        for path in ("/proc", "/dev", "/tmp"):
-            steps.append(f"mkdir -p {root}{path}")
         steps += [
+            f"mkdir -p {root}/proc {root}/dev {root}/tmp",
             f"mount -t proc proc {root}/proc",
             f"mount --rbind /dev {root}/dev",
             f"cp {self._file('hosts', self._hosts())} {root}/etc/hosts",
@@ -227,11 +226,6 @@ class Container:
         for name, script in spec.programs.items():
             target = f"{root}/opt/penstock/bin/{name}"
             steps.append(f"cp {self._file(name, script)} {target}; chmod 755 {target}")
-        for path in spec.shown:
-            if spec.root != Path("/"):
-                steps.append(f"mkdir -p {root}{path}; mount --bind {path} {root}{path}")
-            # in the layer above: nothing changes on this machine
-            steps += [f"chmod a+x {root}{parent}" for parent in list(path.parents)[:-1]]
         for source, target, read_only in spec.mounts:
             make = (
                 f"mkdir -p {root}{target}"
@@ -247,6 +241,12 @@ class Container:
             steps.append(f"mkdir -p {root}{target}")
             asked = ",".join(filter(None, ("nosuid,nodev,noexec", mode, options)))
             steps.append(f"mount -t tmpfs -o {asked} tmpfs {root}{target}")
+        in_memory = [Path(entry.partition(":")[0]) for entry in spec.tmpfs]
+        for path in spec.shown:
+            if spec.root != Path("/") or any(path.is_relative_to(target) for target in in_memory):
+                steps.append(f"mkdir -p {root}{path}; mount --bind {path} {root}{path}")
+            # in the layer above: nothing changes on this machine
+            steps += [f"chmod a+x {root}{parent}" for parent in list(path.parents)[:-1]]
         if spec.read_only:
             steps.append(f"mount -o remount,ro {root}")
         command = shlex.join([*self._as_user(), *spec.command])
