@@ -1,9 +1,12 @@
 """compose.yaml: whatever it names exists on the other side."""
 
+import json
+import os
 import re
 from pathlib import Path
 
 import click
+import jsonschema
 import pytest
 import yaml
 
@@ -18,12 +21,14 @@ from services.compose import (
     MissingVariable,
     Service,
     example_environment,
+    interpolated,
     load_compose,
     variables,
 )
 from services.dockerfile import effective, environment, read_dockerfile
 
 SECRETS = {"VALKEY_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY", "GRAFANA_PASSWORD"}
+SCHEMA = Path("/usr/lib/python3/dist-packages/compose/config/compose_spec.json")
 CONFIG = "/etc/penstock/penstock.yaml"
 _, STAGES = read_dockerfile()
 
@@ -244,3 +249,26 @@ def test_valkeys_settings_are_valkeys(tmp_path: Path, valkey: EmbeddedServer) ->
             stranger.ping()
     finally:
         kill(server)
+
+
+@pytest.mark.services
+def test_it_is_valid_by_the_specification() -> None:
+    """By the schema that Debian's docker-compose brings."""
+    if not SCHEMA.exists():
+        reason = "no docker-compose: tests/services/install brings it"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    told = example_environment() | dict.fromkeys(SECRETS, "x")
+    data = interpolated(yaml.safe_load(COMPOSE.read_text()), told)
+    # newer than this schema
+    del data["name"]
+    for service in data["services"].values():
+        # Compose makes numbers of variables' text
+        if "deploy" in service:
+            service["deploy"]["replicas"] = int(service["deploy"]["replicas"])
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft201909Validator(schema).validate(data)
+    data["services"]["trainer"]["read-only"] = True
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft201909Validator(schema).validate(data)

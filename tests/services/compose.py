@@ -184,7 +184,7 @@ def load_compose(environment: Mapping[str, str]) -> Compose:
     """Our compose.yaml, in an environment (that of `.env`)."""
     data = yaml.safe_load(_without_comments(COMPOSE.read_text()))
     data = {key: value for key, value in data.items() if not key.startswith("x-")}
-    return Compose.model_validate(_each(data, environment))
+    return Compose.model_validate(interpolated(data, environment))
 
 
 def example_environment() -> dict[str, str]:
@@ -193,12 +193,13 @@ def example_environment() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-def _each(data: Any, environment: Mapping[str, str]) -> Any:
+def interpolated(data: Any, environment: Mapping[str, str]) -> Any:
+    """What a YAML file holds, its texts interpolated."""
     # value by value: Compose interpolates after it has parsed, so no value can change the structure
     if isinstance(data, dict):
-        return {key: _each(value, environment) for key, value in data.items()}
+        return {key: interpolated(value, environment) for key, value in data.items()}
     if isinstance(data, list):
-        return [_each(value, environment) for value in data]
+        return [interpolated(value, environment) for value in data]
     return interpolate(data, environment) if isinstance(data, str) else data
 
 
