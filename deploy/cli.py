@@ -363,6 +363,16 @@ def detach(run_url: str) -> None:
 
 @cli.command()
 @click.argument("url")
+def bucket(url: str) -> None:
+    """Create the bucket of an S3 URL, unless it is there."""
+    from penstock.deploy.bucket import make_bucket
+
+    made, new = make_bucket(url)
+    click.echo(f"{made} {'created' if new else 'was there before'}")
+
+
+@cli.command()
+@click.argument("url")
 @click.option("--yes", is_flag=True, help="Delete; without it only what would be deleted is shown.")
 def rm(url: str, yes: bool) -> None:
     """Remove a dataset, corpus or run. Refuses what a live run needs."""

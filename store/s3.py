@@ -142,6 +142,30 @@ class S3Store(ObjectStore):
 
         self._call("delete", key, attempt)
 
+    def make_bucket(self) -> tuple[str, bool]:
+        """Create this store's bucket unless it is there; its URL, and whether it is new.
+
+        Raises:
+            StoreError: the server or the credentials do not allow it.
+        """
+
+        def attempt() -> bool:
+            try:
+                self._s3.call_s3("head_bucket", Bucket=self._bucket)
+            except FileNotFoundError:
+                region = self._s3.s3.meta.region_name
+                # Amazon wants the region to be said, unless it is the first one, which must not be
+                where = {} if region in (None, "us-east-1", "aws-global") else {"LocationConstraint": region}
+                more = {"CreateBucketConfiguration": where} if where else {}
+                try:
+                    self._s3.call_s3("create_bucket", Bucket=self._bucket, **more)
+                except FileExistsError:  # by another, in between
+                    return False
+                return True
+            return False
+
+        return f"s3://{self._bucket}", self._call("create", self._bucket, attempt)
+
     def probe(self) -> None:
         key, token = f".probe-{uuid.uuid4().hex}", uuid.uuid4().hex
         first = self._create_as(token, key, b"1")

@@ -97,7 +97,7 @@ def explain(error: Exception, where: Where) -> PenstockError | None:
     if answer is not None:
         return StoreError(
             f"{name}: {where.endpoint()} refused the request ({brief(error)}); "
-            "check the URL, AWS_REGION and AWS_ENDPOINT_URL"
+            "check the URL, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
         )
     if isinstance(error, (boto.BotoCoreError, ValueError, OSError)):
         return StoreError(

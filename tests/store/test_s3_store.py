@@ -294,7 +294,7 @@ def test_a_missing_bucket_is_named(aws: pytest.MonkeyPatch) -> None:
         (400, "ExpiredToken", "AWS_ACCESS_KEY_ID"),
         (403, "RequestTimeTooSkewed", "the clock"),
         (403, "AccessDenied", "s3:PutObject"),
-        (400, "AuthorizationHeaderMalformed", "AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", "AWS_DEFAULT_REGION"),
     ],
 )
 def test_refused_credentials_are_told_at_once(
