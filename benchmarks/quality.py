@@ -355,8 +355,8 @@ def compete(laboratory: Laboratory, kinds: list[str]) -> Iterator[dict[str, Any]
 
 def table(lines: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown: per kind, ours and then the peers', best first."""
-    yield "| kind | library | lr | explained variance, median (all seeds) | ours less it | alive | seconds |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| kind | library | lr | explained variance, median (all seeds) | ours less it | alive |"
+    yield "|---|---|---|---|---|---|"
     ours = {line["kind"]: line["median"] for line in lines if line["library"] == OURS}
     for line in sorted(lines, key=lambda x: (x["kind"], x["library"] != OURS, -x["median"])):
         name = line["library"] if line["as"] == line["kind"] else f"{line['library']}, {line['as']}"
@@ -364,7 +364,7 @@ def table(lines: list[dict[str, Any]]) -> Iterator[str]:
         less = "" if line["library"] == OURS else f"{ours.get(line['kind'], math.nan) - line['median']:+.4f}"
         yield (
             f"| {line['kind']} | {name} | {line['lr']:g} | {line['median']:.4f} ({seeds}) | {less} | "
-            f"{line['alive']:,.0f} | {line['seconds']:.0f} |"
+            f"{line['alive']:,.0f} |"
         )
 
 

@@ -195,4 +195,4 @@ def test_another_truth_at_the_same_place(
 
 def test_the_example_is_a_config() -> None:
     config = load_config(str(Path(__file__).parents[2] / "examples" / "toy.yaml"))
-    assert config.toy == ToySettings()
+    assert config.toy == ToySettings(draw="batch")
