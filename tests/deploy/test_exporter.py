@@ -34,7 +34,7 @@ from penstock.trainer.config import submit_run
 from services.big import write_big
 from services.command import COMMAND
 from services.counting import CountingStore
-from services.fleet import CHUNKS, COMMITTED, run_of, write_fleet, write_heads
+from services.fleet import CHUNKS, COMMITTED, plan, run_of, write_fleet, write_heads
 from services.synthetic import RESID, make_manifest
 from services.waiting import eventually
 
@@ -351,10 +351,10 @@ def test_bytes_that_cannot_be_counted_do_not_end_it(fleet: Path, monkeypatch: py
     assert watched.published.succeeded
 
 
-def test_the_process_answers_probes_and_scrapes_and_stops(fleet: Path) -> None:
-    with subprocess.Popen(
-        [*COMMAND, "exporter", str(fleet)], stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
+def test_the_process_answers_probes_and_scrapes_goes_on_looking_and_stops(tmp_path: Path) -> None:
+    fleet = write_fleet(tmp_path, runs=10)
+    command = [*COMMAND, "exporter", "--every", "0.1", str(fleet)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         found = re.search(r"port=(\d+)", process.stderr.readline())
         assert found
@@ -376,6 +376,13 @@ def test_the_process_answers_probes_and_scrapes_and_stops(fleet: Path) -> None:
         assert samples["penstock_runs_pending", ()] == 4
         assert samples["penstock_redis_up", ()] == 0
         assert "penstock_build_info" in {name for name, _ in samples}
+        write_big(open_store(f"{tmp_path}/dataset-0"), plan(0, CHUNKS[0]), range(CHUNKS[0]))
+
+        def complete() -> bool:
+            wanted = of(parsed(answer("/metrics")), "penstock_dataset_chunks_wanted")
+            return wanted == {f"{tmp_path}/dataset-0": 0}
+
+        eventually(complete)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
         assert process.wait(timeout=30) == 0
