@@ -36,6 +36,7 @@ from services.command import COMMAND
 from services.counting import CountingStore
 from services.fleet import CHUNKS, COMMITTED, plan, run_of, write_fleet, write_heads
 from services.synthetic import RESID, make_manifest
+from services.valkey import kill_server, valkey_server
 from services.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +159,24 @@ def test_what_redis_adds(fleet: Path, client: Client, redis_url: str, prefix: st
     assert of(samples, "penstock_workers_waiting") == {"producer": 0, "trainer": 1}
     assert of(samples, "penstock_dataset_chunks_wanted")[config.dataset.url] == 15 + 1
     assert of(samples, "penstock_dataset_chunks_claimed")[config.dataset.url] == 0
+
+
+def test_redis_may_go_and_come_back(fleet: Path, prefix: str) -> None:
+    with valkey_server() as server:
+        watched = Watched(with_redis(load_config(str(fleet)), server.url, prefix))
+        before = watched.look()
+        assert before["penstock_redis_up", ()] == 1
+        kill_server(server)
+        gone = watched.look()
+        assert gone["penstock_redis_up", ()] == 0
+        assert gone["penstock_exporter_look_success", ()] == 1
+        assert gone["penstock_runs_pending", ()] == before["penstock_runs_pending", ()] == 4
+        assert of(gone, "penstock_run_held") == {}
+        server.ensure()
+        server.wait_until_ready()
+        back = watched.look()
+        assert back["penstock_redis_up", ()] == 1
+        assert of(back, "penstock_run_held") == of(before, "penstock_run_held") != {}
 
 
 class Unsteady(CountingStore):
