@@ -4,10 +4,12 @@ import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from penstock.common.errors import ConfigError
+from penstock.common.logs import LOGGER
 from penstock.common.metrics import REGISTRY
 
 STALLED_AFTER_SECONDS = 300.0
@@ -42,7 +44,7 @@ class HealthServer:
             self._server = None
             return
         try:
-            self._server = ThreadingHTTPServer((host, port), _handler(health))
+            self._server = _Server((host, port), _handler(health))
         except OSError as error:
             raise ConfigError(
                 f"metrics.port: cannot listen on {host}:{port}: {error.strerror}; choose another port"
@@ -56,6 +58,12 @@ class HealthServer:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no matter; its traceback would stand between the lines of the log."""
+        LOGGER.debug("answering %s failed", client_address, exc_info=True)
 
 
 def _handler(health: Health) -> type[BaseHTTPRequestHandler]:

@@ -256,11 +256,14 @@ def status(config: str, workdir: str | None, as_json: bool, live: bool) -> None:
 @cli.command()
 @CONFIG
 @WORKDIR
-def exporter(config: str, workdir: str | None) -> None:
+@click.option(
+    "--every", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds between looks."
+)
+def exporter(config: str, workdir: str | None, every: float) -> None:
     """Publish what the store and Redis hold, as metrics, until stopped."""
     from penstock.deploy.exporter import export
 
-    export(_load(config, workdir))
+    export(_load(config, workdir), every)
 
 
 @cli.command()

@@ -22,8 +22,6 @@ from penstock.deploy.exported import Space, families, space_samples, survey_samp
 from penstock.deploy.survey import Survey, Surveyor
 from penstock.store.objects import ObjectStore, open_store
 
-LOOK_SECONDS = 10.0
-"""Pause between looks."""
 COUNT_SECONDS = 600.0
 """Pause between counts of the bytes stored, which list every object."""
 REMIND_SECONDS = 300.0
@@ -142,8 +140,11 @@ def _free(url: str) -> int | None:
     return shutil.disk_usage(there).free if there else None
 
 
-def export(config: Config, pause: float = LOOK_SECONDS) -> None:
+def export(config: Config, pause: float) -> None:
     """Publish until SIGTERM or SIGINT.
+
+    Args:
+        pause: seconds between looks.
 
     Raises:
         ConfigError: the port is taken.

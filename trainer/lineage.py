@@ -13,6 +13,7 @@ from typing import Any
 
 from penstock.common.errors import DamagedObject, DataError, Fenced, ObjectMissing, Unavailable
 from penstock.common.logs import LOGGER
+from penstock.common.redact import redact
 from penstock.store.heads import Head, Status, StoredFile, chain, kept_checkpoints, newest_head, read_head
 from penstock.store.layout import FORMAT_VERSION, checkpoint_prefix, head_key, history_key
 from penstock.store.manifest import check_format
@@ -82,7 +83,7 @@ class Lineage:
 
     def end(self, status: Status, reason: str) -> Head:
         """End the run as it was at the last head: nothing trained since is kept."""
-        head = self._next(writer=uuid.uuid4().hex, status=status, history=None, reason=reason)
+        head = self._next(writer=uuid.uuid4().hex, status=status, history=None, reason=redact(reason))
         self._create(head)
         return head
 
@@ -211,7 +212,7 @@ def _usable(runs: ObjectStore, run_id: str, head: Head | None) -> tuple[Head | N
             load_checkpoint(runs, run_id, head)
             return head, reason
         except DataError as error:
-            reason = f"fell back from head {head.n}: {error}"
+            reason = redact(f"fell back from head {head.n}: {error}")
             LOGGER.warning("run %s %s", run_id, reason)
             head = None if head.parent is None else read_head(runs, run_id, head.parent)
     return None, reason

@@ -1,6 +1,8 @@
 """The health endpoint, asked over HTTP."""
 
+import http.client
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import pytest
 from penstock.common import health
 from penstock.common.errors import ConfigError
 from penstock.common.health import Health, HealthServer
+from penstock.common.logs import LOGGER
 
 
 class Clock:
@@ -114,3 +117,23 @@ def test_close_gives_the_port_back(state: Health) -> None:
     server.close()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://127.0.0.1:{server.port}/livez")
+
+
+def test_a_client_that_hangs_up_leaves_no_traceback(
+    server: HealthServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+
+    def broken(registry: object) -> bytes:
+        raise BrokenPipeError
+
+    def debug(message: str, *arguments: object, exc_info: bool) -> None:
+        assert exc_info
+        told.set()
+
+    monkeypatch.setattr(health, "generate_latest", broken)
+    monkeypatch.setattr(LOGGER, "debug", debug)
+    with pytest.raises(http.client.RemoteDisconnected):
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10)
+    assert told.wait(10)
+    assert capfd.readouterr().err == ""

@@ -34,8 +34,9 @@ from penstock.trainer.config import submit_run
 from services.big import write_big
 from services.command import COMMAND
 from services.counting import CountingStore
-from services.fleet import CHUNKS, COMMITTED, run_of, write_fleet, write_heads
+from services.fleet import CHUNKS, COMMITTED, plan, run_of, write_fleet, write_heads
 from services.synthetic import RESID, make_manifest
+from services.valkey import kill_server, valkey_server
 from services.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +159,24 @@ def test_what_redis_adds(fleet: Path, client: Client, redis_url: str, prefix: st
     assert of(samples, "penstock_workers_waiting") == {"producer": 0, "trainer": 1}
     assert of(samples, "penstock_dataset_chunks_wanted")[config.dataset.url] == 15 + 1
     assert of(samples, "penstock_dataset_chunks_claimed")[config.dataset.url] == 0
+
+
+def test_redis_may_go_and_come_back(fleet: Path, prefix: str) -> None:
+    with valkey_server() as server:
+        watched = Watched(with_redis(load_config(str(fleet)), server.url, prefix))
+        before = watched.look()
+        assert before["penstock_redis_up", ()] == 1
+        kill_server(server)
+        gone = watched.look()
+        assert gone["penstock_redis_up", ()] == 0
+        assert gone["penstock_exporter_look_success", ()] == 1
+        assert gone["penstock_runs_pending", ()] == before["penstock_runs_pending", ()] == 4
+        assert of(gone, "penstock_run_held") == {}
+        server.ensure()
+        server.wait_until_ready()
+        back = watched.look()
+        assert back["penstock_redis_up", ()] == 1
+        assert of(back, "penstock_run_held") == of(before, "penstock_run_held") != {}
 
 
 class Unsteady(CountingStore):
@@ -351,10 +370,10 @@ def test_bytes_that_cannot_be_counted_do_not_end_it(fleet: Path, monkeypatch: py
     assert watched.published.succeeded
 
 
-def test_the_process_answers_probes_and_scrapes_and_stops(fleet: Path) -> None:
-    with subprocess.Popen(
-        [*COMMAND, "exporter", str(fleet)], stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
+def test_the_process_answers_probes_and_scrapes_goes_on_looking_and_stops(tmp_path: Path) -> None:
+    fleet = write_fleet(tmp_path, runs=10)
+    command = [*COMMAND, "exporter", "--every", "0.1", str(fleet)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         found = re.search(r"port=(\d+)", process.stderr.readline())
         assert found
@@ -376,6 +395,13 @@ def test_the_process_answers_probes_and_scrapes_and_stops(fleet: Path) -> None:
         assert samples["penstock_runs_pending", ()] == 4
         assert samples["penstock_redis_up", ()] == 0
         assert "penstock_build_info" in {name for name, _ in samples}
+        write_big(open_store(f"{tmp_path}/dataset-0"), plan(0, CHUNKS[0]), range(CHUNKS[0]))
+
+        def complete() -> bool:
+            wanted = of(parsed(answer("/metrics")), "penstock_dataset_chunks_wanted")
+            return wanted == {f"{tmp_path}/dataset-0": 0}
+
+        eventually(complete)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
         assert process.wait(timeout=30) == 0
