@@ -65,6 +65,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         name = buildah.build("cpu")
         yield Image(buildah.root(name), buildah.config(name))
     finally:
+        buildah.close()
         run("rm", "-rf", "--one-file-system", str(directory))
 
 

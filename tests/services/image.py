@@ -61,11 +61,15 @@ class Buildah:
         """An image's files, as a directory."""
         return Path(self._call("mount", self._call("from", "--pull-never", image)))
 
+    def close(self) -> None:
+        """Unmount what `root` mounted."""
+        self._call("umount", "--all")
+
     def _call(self, command: str, *arguments: str) -> str:
         done = subprocess.run(
             [
                 *("buildah", f"--root={self._directory / 'store'}", f"--runroot={self._directory / 'run'}"),
-                *("--storage-driver=vfs", command, *arguments),
+                *("--storage-driver=overlay", command, *arguments),
             ],
             env=os.environ | {"BUILDAH_ISOLATION": "chroot"},
             stdin=subprocess.DEVNULL,
