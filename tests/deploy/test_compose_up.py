@@ -74,6 +74,21 @@ def test_containers_are_what_they_say(up: Up) -> None:
     assert "CapBnd:\t0000000000000000" in trainer.call("cat", "/proc/self/status").stdout
 
 
+def test_what_the_guide_asks_for_inside_works(up: Up) -> None:
+    """docs/operations.md: the status of everything, and a run's report."""
+    trainer, config = up.stack.container("trainer"), "/etc/penstock/penstock.yaml"
+    status = trainer.call("penstock", "status", config)
+    assert "position 16 of 16" in status.stdout, status.stderr
+    (run_id,) = open_store("s3://penstock/runs").folders("")
+    out = "/var/lib/penstock/report"
+    report = trainer.call(
+        *("penstock", "report", config, f"s3://penstock/runs/{run_id}", "--out", out), timeout=300
+    )
+    assert report.returncode == 0, report.stderr
+    written = {path.name for path in (up.stack.volume("state") / "report").iterdir()}
+    assert {"report.html", "summary.json"} <= written
+
+
 def test_no_secret_is_in_a_log(up: Up) -> None:
     logs = up.stack.logs()
     assert {"bucket", "corpus", "producer", "submit", "trainer", "valkey"} <= set(logs)

@@ -1,22 +1,19 @@
-"""The Dockerfile carried out without an engine: each RUN in a chroot, each COPY from the build's context.
+"""Our image, built by Debian's buildah in chroots: no engine and no registry, but root.
 
-The base image is stood in for by a Debian of debootstrap's: the same distribution, with its own Python. Needs
-root. Layers are directories for overlays; `build` returns those of the image, the uppermost first.
+The base image is stood in for by a Debian of debootstrap's: the same distribution, with its own Python.
 """
 
+import json
 import os
-import re
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from services.compose import ROOT
 from services.containers import run
-from services.dockerfile import Stage, context_files, line_of, read_dockerfile
+from services.dockerfile import DOCKERFILE, read_dockerfile
 
 PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
-_PATH = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def debian(directory: Path) -> Path:
@@ -28,131 +25,66 @@ def debian(directory: Path) -> Path:
     return directory
 
 
-class Builder:
-    """Builds stages of our Dockerfile, each once.
+class Buildah:
+    """Images and containers of one directory."""
 
-    Args:
-        base: root of what stands for the base image.
-        directory: for layers; on a file system that takes an overlay's upper layer.
-    """
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
-    def __init__(self, base: Path, directory: Path) -> None:
-        _, self._stages = read_dockerfile()
-        self._base, self._directory = base, directory
-        self._built: dict[str, list[Path]] = {}
-        self.said: list[str] = []
+    def make_base(self, root: Path) -> None:
+        """Let a directory be the image that our Dockerfile begins with."""
+        _, stages = read_dockerfile()
+        (name,) = {stage.base for stage in stages.values() if stage.base not in stages}
+        container = self._call("from", "scratch")
+        self._call("add", "--quiet", container, str(root), "/")
+        self._call("commit", "--quiet", container, f"docker.io/library/{name}")
+        self._call("rm", container)
 
-    def build(self, name: str) -> list[Path]:
-        """Layers of a stage, the uppermost first, the base last."""
-        layers = [self._base]
-        for stage in line_of(self._stages, name):
-            if stage.name not in self._built:
-                self._built[stage.name] = [self._layer(stage, layers), *layers]
-            layers = self._built[stage.name]
-        return layers
-
-    def _layer(self, stage: Stage, below: list[Path]) -> Path:
-        base = self._directory / stage.name
-        upper, work, root = (base / part for part in ("upper", "work", "root"))
-        for path in (upper, work, root):
-            path.mkdir(parents=True)
-        environment = {"PATH": _PATH, "HOME": "/root"}
-        workdir = "/"
-        lower = ":".join(map(str, below))
-        run(
-            "mount",
-            "-t",
-            "overlay",
-            "overlay",
-            "-o",
-            f"lowerdir={lower},upperdir={upper},workdir={work}",
-            str(root),
+    def build(self, target: str) -> str:
+        """Build a target of our Dockerfile; the image's name."""
+        name = f"localhost/penstock:{target}"
+        lent = [f"--volume={source}:{inside}:ro" for source, inside in _lent()]
+        index = f"--build-arg=TORCH_INDEX_URL={os.environ.get('TORCH_CPU_INDEX_URL', '')}"
+        self._call(
+            *("bud", "--isolation=chroot", "--format=docker", "--pull-never", *lent, index),
+            *(f"--file={DOCKERFILE}", f"--target={target}", f"--tag={name}", str(ROOT)),
         )
-        try:
-            # what ARG and ENV of the stages below say holds here, too
-            steps = [step for part in line_of(self._stages, stage.name)[:-1] for step in part.steps]
-            for word, rest in steps:
-                workdir = self._note(word, rest, environment, workdir)
-            for word, rest in stage.steps:
-                workdir = self._note(word, rest, environment, workdir)
-                if word == "WORKDIR":
-                    (root / workdir.lstrip("/")).mkdir(parents=True, exist_ok=True)
-                elif word == "COPY":
-                    self._copy(rest, root, workdir)
-                elif word == "RUN":
-                    self._run(rest, root, workdir, environment)
-        finally:
-            run("umount", str(root))
-        return upper
+        return name
 
-    @staticmethod
-    def _note(word: str, rest: str, environment: dict[str, str], workdir: str) -> str:
-        if word == "ENV":
-            for pair in shlex.split(rest):
-                name, value = pair.split("=", 1)
-                environment[name] = re.sub(r"\$(\w+)", lambda m: environment.get(m[1], ""), value)
-        elif word == "ARG":
-            name, _, default = rest.partition("=")
-            environment[name] = default
-        elif word == "WORKDIR":
-            return rest
-        return workdir
+    def config(self, image: str) -> dict[str, Any]:
+        """What an image says: User, Env, Entrypoint, Healthcheck, …"""
+        told = json.loads(self._call("inspect", "--type=image", image))
+        found: dict[str, Any] = told["Docker"]["config"]
+        return found
 
-    def _copy(self, rest: str, root: Path, workdir: str) -> None:
-        if rest.startswith("--from="):
-            stage, source, target = rest.removeprefix("--from=").split()
-            layer = self.build(stage)[0]
-            # the stage's own layer holds all of /opt/penstock but what its base made of it
-            for below in [*reversed(self.build(stage)[1:]), layer]:
-                found = below / source.lstrip("/")
-                if found.is_dir():
-                    shutil.copytree(found, root / target.lstrip("/"), symlinks=True, dirs_exist_ok=True)
-            return
-        *sources, target = rest.split()
-        into = root / workdir.lstrip("/") / target.removeprefix("./")
-        for source in sources:
-            for path in context_files():
-                if path.parts[0] == source:
-                    there = into / path if target.endswith("/") else into.joinpath(*path.parts[1:])
-                    there.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(ROOT / path, there)
+    def root(self, image: str) -> Path:
+        """An image's files, as a directory."""
+        return Path(self._call("mount", self._call("from", "--pull-never", image)))
 
-    def _run(self, command: str, root: Path, workdir: str, environment: dict[str, str]) -> None:
-        script = "\n".join(
-            [
-                f"mount -t proc proc {root}/proc",
-                f"mount --rbind /dev {root}/dev",
-                f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
-                # only where packages are fetched: the mount points stay behind
-                *(_lend(root) if "pip --python" in command else ()),
-                f"exec chroot {root} /bin/sh -c {shlex.quote(f'cd {workdir} && {{ {command}; }}')}",
-            ]
-        )
+    def close(self) -> None:
+        """Unmount what `root` mounted."""
+        self._call("umount", "--all")
+
+    def _call(self, command: str, *arguments: str) -> str:
         done = subprocess.run(
-            ["unshare", "--mount", "--pid", "--fork", "--propagation", "private", "sh", "-euc", script],
-            env=environment | _index_settings(),
+            [
+                *("buildah", f"--root={self._directory / 'store'}", f"--runroot={self._directory / 'run'}"),
+                *("--storage-driver=overlay", command, *arguments),
+            ],
+            env=os.environ | {"BUILDAH_ISOLATION": "chroot"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
         )
-        self.said.append(f"{command}\n{done.stdout}{done.stderr}")
-        assert done.returncode == 0, self.said[-1][-4000:]
+        assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout.strip()
 
 
-def _lend(root: Path) -> list[str]:
-    """What an engine gives to a build of this machine's network: names, and where packages come from."""
-    lent = [Path(p) for p in ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs")]
-    lent += [Path(p) for p in os.environ.get("PIP_FIND_LINKS", "").split() if Path(p).is_dir()]
-    steps = []
-    for path in filter(Path.exists, lent):
-        make = (
-            f"mkdir -p {root}{path}" if path.is_dir() else f"mkdir -p {root}{path.parent}; touch {root}{path}"
-        )
-        steps.append(f"{make}; mount --bind {path} {root}{path}")
-    return steps
-
-
-def _index_settings() -> dict[str, str]:
-    wanted = re.compile(r"PIP_(?!CONFIG)\w+|SSL_CERT_\w+|REQUESTS_CA_BUNDLE|(?i:https?_proxy|no_proxy)")
-    return {name: value for name, value in os.environ.items() if wanted.fullmatch(name)}
+def _lent() -> list[tuple[Path, str]]:
+    """What a build needs to know of this machine to get its packages: (here, inside)."""
+    here = [Path("/etc/ssl/certs"), Path("/etc/pip.conf")]
+    here += [Path(path) for path in os.environ.get("PIP_FIND_LINKS", "").split() if Path(path).is_dir()]
+    found = [(path, str(path)) for path in here if path.exists()]
+    own = Path("~/.config/pip").expanduser()
+    return [*found, *([(own, "/root/.config/pip")] if own.exists() else [])]

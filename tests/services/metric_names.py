@@ -5,45 +5,15 @@ from collections.abc import Iterable
 from prometheus_client.core import Metric
 
 from penstock.common.metrics import REGISTRY
+from penstock.deploy.exported import GAUGES
 
 SCRAPED = {"job", "instance"}
 """What Prometheus adds to every series."""
 PROMETHEUS = {"up": set[str](), "ALERTS": {"alertname", "alertstate", "severity", "run"}}
 """Series that Prometheus makes itself."""
 
-# >>> The exporter's metrics, as docs/observability.md lists them. They are not in the registry above, because
-# the exporter asks the store for them. A test compares this table with that page.
-EXPORTER: dict[str, set[str]] = {
-    "penstock_runs_pending": set(),
-    "penstock_runs": {"state"},
-    "penstock_backlog_chunks": {"run"},
-    "penstock_run_position": {"run"},
-    "penstock_run_positions": {"run"},
-    "penstock_run_rows": {"run"},
-    "penstock_run_rows_planned": {"run"},
-    "penstock_run_head": {"run"},
-    "penstock_run_head_age_seconds": {"run"},
-    "penstock_run_head_interval_seconds": {"run"},
-    "penstock_run_held": {"run"},
-    "penstock_dataset_chunks_planned": {"dataset"},
-    "penstock_dataset_chunks_committed": {"dataset"},
-    "penstock_dataset_rows_planned": {"dataset"},
-    "penstock_dataset_rows_committed": {"dataset"},
-    "penstock_dataset_chunks_wanted": {"dataset"},
-    "penstock_dataset_chunks_claimed": {"dataset"},
-    "penstock_dataset_blocked": {"dataset"},
-    "penstock_chunks_quarantined": {"dataset"},
-    "penstock_workers": {"kind"},
-    "penstock_workers_waiting": {"kind"},
-    "penstock_store_bytes": {"url"},
-    "penstock_store_quota_bytes": {"url"},
-    "penstock_store_free_bytes": {"url"},
-    "penstock_redis_up": set(),
-    "penstock_exporter_look_success": set(),
-    "penstock_exporter_look_timestamp_seconds": set(),
-    "penstock_exporter_look_duration_seconds": set(),
-}
-# <<<
+EXPORTER: dict[str, set[str]] = {name: set(labels) for name, (_, labels) in GAUGES.items()}
+"""The exporter's, which are not in the registry above: it makes them when it is scraped."""
 
 
 def of_workers() -> dict[str, set[str]]:

@@ -179,7 +179,8 @@ class Stack:
         Fails if one does not end with 0 within its grace.
         """
         took = {}
-        for name, containers in self.containers.items():
+        # whoever needs another ends before it
+        for name, containers in reversed(self.containers.items()):
             for container in containers:
                 if container.exit_code is None:
                     began = time.monotonic()
