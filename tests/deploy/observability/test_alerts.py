@@ -1,6 +1,5 @@
 """The alerts, without Prometheus: what each must have beside its expression."""
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -125,10 +124,6 @@ def test_inhibitions_name_alerts_that_exist() -> None:
 
 
 def test_the_exporters_metrics_are_those_of_its_page() -> None:
-    page = ROOT / "docs" / "observability.md"
-    if not page.exists():
-        pytest.skip("there is no exporter yet")
-    rows = re.findall(r"^\| `(penstock_\w+)` \|([^|]*)\| gauge \|", page.read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "observability.md").read_text()
+    rows = re.findall(r"^\| `(penstock_\w+)` \|([^|]*)\| gauge \|", page, re.MULTILINE)
     assert {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows} == EXPORTER
-    exported = importlib.import_module("penstock.deploy.exported")
-    assert {name: set(labels) for name, (_, labels) in exported.GAUGES.items()} == EXPORTER

@@ -13,23 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
-from penstock.deploy.cli import cli
 from penstock.deploy.observability.dashboards import DASHBOARDS, HERE
 from penstock.deploy.observability.panels import TAKEOVERS, Query
 from penstock.store.heads import newest_head
 from penstock.store.objects import open_store
 from penstock.trainer.config import run_ids
 from services.command import COMMAND, penstock, small_config, write_config
-from services.metric_names import EXPORTER
 from services.processes import free_port, kill, need, start
 from services.prometheus import Prometheus, prometheus
-from services.promql import used_in
 from services.waiting import eventually
 
 pytestmark = pytest.mark.services
 
-EXPORTER_IS_THERE = "exporter" in cli.commands
-"""Until then its queries are only asked, and need not have data."""
 MISSED = 'ALERTS{alertname="ScrapeDown", job="trainer"}'
 """A trainer that was killed; it fires two minutes later."""
 QUERIES = [
@@ -75,9 +70,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterat
     # so long that it is not done when the first trainer is killed
     config["runs"][0]["epochs"] = 4
     file = str(write_config(directory / "config.yaml", config))
-    ports = {"producer": free_port(), "trainer": free_port()}
-    if EXPORTER_IS_THERE:
-        ports["exporter"] = free_port()
+    ports = {job: free_port() for job in ("producer", "trainer", "exporter")}
     processes: list[subprocess.Popen[bytes]] = []
     runs = open_store(str(directory / "work" / "runs"))
 
@@ -102,8 +95,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterat
         with prometheus(directory / "prometheus", targets) as server:
             began = time.time()
             try:
-                if EXPORTER_IS_THERE:
-                    run_process("exporter", ports["exporter"])
+                run_process("exporter", ports["exporter"])
                 run_process("produce", ports["producer"])
                 first = run_process("train", ports["trainer"])
                 eventually((directory / "work" / "dataset" / "manifest.json").exists, 120)
@@ -117,8 +109,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterat
                 ended = time.time()
                 pages |= {job: page(port) for job, port in ports.items() if job != "producer"}
                 # two more scrapes and looks, so that the end is seen too
-                if EXPORTER_IS_THERE:
-                    eventually(lambda: server.now('penstock_runs{state="done"} == 1'), 60)
+                eventually(lambda: server.now('penstock_runs{state="done"} == 1'), 60)
                 eventually(lambda: server.now(f'timestamp(up{{job="trainer"}} == 1) > {ended + 2}'), 60)
                 yield Watched(server, began, pages, run_ids(runs)[0])
             finally:
@@ -135,8 +126,6 @@ def test_every_query_of_the_dashboards_has_data(watched: Watched, query: Query) 
     found = watched.server.since(as_grafana_asks(query.expr), watched.began)
     if query.may_be_empty:
         return
-    if not EXPORTER_IS_THERE and used_in(query.expr).metrics.keys() & EXPORTER.keys():
-        pytest.skip("there is no exporter yet")
     assert any(math.isfinite(value) for values in found for value in values), query.expr
 
 
@@ -169,7 +158,7 @@ def test_the_alerts_say_what_happened_and_nothing_else(watched: Watched) -> None
         step=1,
     )["result"]
     fired = {(series["metric"]["alertname"], series["metric"].get("run")) for series in found}
-    # here a producer that has finished stays a target, and until there is an exporter it is missed
+    # here a producer that has finished stays a target
     assert fired - {("ScrapeDown", None)} == {("RunTakenOver", watched.run)}
 
 
@@ -180,8 +169,6 @@ def test_the_trainer_that_was_killed_is_missed_no_longer(watched: Watched) -> No
 
 @pytest.mark.parametrize("job", ["producer", "trainer", "exporter"])
 def test_the_metrics_of_every_process_follow_the_rules(watched: Watched, job: str) -> None:
-    if job == "exporter" and not EXPORTER_IS_THERE:
-        pytest.skip("there is no exporter yet")
     text = watched.pages[job]
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
