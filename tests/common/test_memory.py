@@ -15,8 +15,8 @@ if {keep}:
 def work():
     for _ in range(20):
         # two of them, freed in turn: what a forward pass does
-        one = torch.ones(4_000_000)
-        torch.ones(4_000_000).add_(one)
+        one = torch.ones(12_000_000)
+        torch.ones(12_000_000).add_(one)
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work()
@@ -33,6 +33,7 @@ def faults(keep: bool) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_blocks_are_not_fetched_from_the_kernel_again() -> None:
-    """A block is 4,000 pages, and 40 are allocated; one or two may still find no place."""
-    assert faults(keep=False) > 40_000
-    assert faults(keep=True) < 10_000
+    """A block is 12,000 pages, and 40 are allocated; one or two may still find no place. By itself glibc maps
+    blocks above 32 MiB one by one, and what it does with smaller ones depends on what was freed before."""
+    assert faults(keep=False) > 400_000
+    assert faults(keep=True) < 30_000
