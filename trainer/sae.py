@@ -23,9 +23,6 @@ from penstock.trainer.kinds.base import SAESettings, Schedule, StepResult
 from penstock.trainer.kinds.foreign import Foreign, NoSuchKind
 
 _BLOCK = 1024
-ENCODER_LENGTH = 0.5
-"""Norm of a feature's encoder at the start. With 1, the features that a row activates, which overlap, add up
-to more than the row, and the first steps go into shortening them."""
 
 
 class SAE(nn.Module, ABC):
@@ -35,6 +32,9 @@ class SAE(nn.Module, ABC):
     """Settings of this kind."""
     from_saelens: tuple[str, ...] = ()
     """SAELens architectures that are imported as this kind."""
+    encoder_length: float = 0.5
+    """Norm of a feature's encoder at the start. With 1, the features that a row activates, which overlap, add
+    up to more than the row, and the first steps go into shortening them."""
     subtracts_b_dec: bool = True
     """Whether the encoder sees x − b_dec: not where b_dec belongs to another hook point."""
     in_units_of_rows: tuple[str, ...] = ("b_enc", "b_dec")
@@ -164,7 +164,7 @@ class SAE(nn.Module, ABC):
 
     def _start_encoder(self, directions: Tensor) -> None:
         """Set W_enc. directions: [S, D] of unit norm."""
-        self.W_enc.copy_(ENCODER_LENGTH * directions.T)
+        self.W_enc.copy_(self.encoder_length * directions.T)
 
     def _start_decoder(self, directions: Tensor, generator: torch.Generator) -> None:
         """Set W_dec. directions: [S, D] of unit norm, the encoder's."""

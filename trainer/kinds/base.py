@@ -37,6 +37,9 @@ else:
         from_saelens = ()
 
 
+FEW_LENGTH = 0.25
+"""Norm of a feature's encoder at the start, for kinds that begin with few features active: fewer of them die
+than with longer ones, and more variance is explained (`benchmarks/README.md`)."""
 SAME_NORM = 1e-5
 """Relative difference in decoder rows' norms that is taken for rounding."""
 
@@ -60,7 +63,7 @@ class SAESettings(Settings):
     """Last part of training over which the learning rate falls linearly to 0."""
     initialisation: Literal["random", "orthogonal", "kaiming", "data"] = "random"
     """Decoder rows at the start: random directions, orthogonal ones, PyTorch's Kaiming-uniform, or rows of
-    the first window; the encoder is half their transpose."""
+    the first window; the encoder is their transpose, at half or a quarter of its length."""
     decoder_bias: Literal["mean", "geometric-median", "zero", "none"] = "mean"
     """b_dec starts at the mean or the geometric median of the first window, at zero, or does not exist."""
     dead_after_rows: int = Field(10_000_000, ge=1)

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from penstock.trainer.kinds.auxk import AuxKSettings, reconstructed
 from penstock.trainer.kinds.base import (
+    FEW_LENGTH,
     Kind,
     Schedule,
     StepResult,
@@ -52,6 +53,7 @@ class BatchTopK(Kind):
 
     Settings = BatchTopKSettings
     settled = ("k",)
+    encoder_length = FEW_LENGTH
     in_units_of_rows = ("b_enc", "b_dec", "threshold")
     settings: BatchTopKSettings
     threshold: Tensor

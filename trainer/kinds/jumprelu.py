@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from penstock.trainer.kinds.base import Kind, SAESettings, Schedule, StepResult, squared_error, torch
+from penstock.trainer.kinds.base import (
+    FEW_LENGTH,
+    Kind,
+    SAESettings,
+    Schedule,
+    StepResult,
+    squared_error,
+    torch,
+)
 from penstock.trainer.kinds.foreign import Foreign, by_input, centred_bias, plain
 
 if TYPE_CHECKING:
@@ -67,6 +75,7 @@ class JumpReLU(Kind):
 
     Settings = JumpReLUSettings
     from_saelens = ("jumprelu",)
+    encoder_length = FEW_LENGTH
     in_units_of_rows = ("b_enc", "b_dec", "threshold")
     feature_axes = {"W_enc": 1, "b_enc": 0, "threshold": 0, "W_dec": 0}
     settings: JumpReLUSettings

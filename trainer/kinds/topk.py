@@ -15,6 +15,7 @@ from pydantic import Field
 
 from penstock.trainer.kinds.auxk import AuxKSettings, reconstructed
 from penstock.trainer.kinds.base import (
+    FEW_LENGTH,
     Kind,
     Schedule,
     StepResult,
@@ -47,6 +48,7 @@ class TopK(Kind):
     Settings = TopKSettings
     from_saelens = ("topk",)
     settled = ("k",)
+    encoder_length = FEW_LENGTH
     settings: TopKSettings
 
     @property
