@@ -107,11 +107,11 @@ def test_losses_are_summed_over_dims_and_averaged_over_rows(settings: SAESetting
     assert result.active.tolist() == [int((acts[:, s] > 0).sum()) for s in range(S)]
 
 
-def test_the_initial_encoder_is_half_the_decoders_transpose() -> None:
+def test_the_initial_encoder_is_the_decoders_transpose_made_shorter() -> None:
     sae = build(D, topk_settings())
     mean = torch.arange(D, dtype=torch.float32)
     sae.initialise(3, mean)
-    assert torch.equal(sae.W_enc, 0.5 * sae.W_dec.T)
+    assert torch.equal(sae.W_enc, 0.25 * sae.W_dec.T)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(S))
     assert torch.equal(sae.b_dec, mean)
     assert not sae.b_enc.any()

@@ -38,8 +38,8 @@ else:
 
 
 FEW_LENGTH = 0.25
-"""Norm of a feature's encoder at the start, for kinds that begin with few features active: fewer of them die
-than with longer ones, and more variance is explained (`benchmarks/README.md`)."""
+"""Norm of a feature's encoder at the start, for kinds that keep a number of features: fewer of them die than
+with longer ones, and more variance is explained (`benchmarks/README.md`)."""
 SAME_NORM = 1e-5
 """Relative difference in decoder rows' norms that is taken for rounding."""
 

@@ -75,7 +75,6 @@ class JumpReLU(Kind):
 
     Settings = JumpReLUSettings
     from_saelens = ("jumprelu",)
-    encoder_length = FEW_LENGTH
     in_units_of_rows = ("b_enc", "b_dec", "threshold")
     feature_axes = {"W_enc": 1, "b_enc": 0, "threshold": 0, "W_dec": 0}
     settings: JumpReLUSettings
