@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from penstock.trainer.kinds.base import (
-    FEW_LENGTH,
     Kind,
     SAESettings,
     Schedule,
