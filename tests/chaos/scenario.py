@@ -15,6 +15,7 @@ import torch
 from chaos.compare import Facts, Verdict, judge
 from chaos.light import CHUNK_SECONDS, FILL, PROGRAM, STEP_SECONDS
 from chaos.settings import LEASE_SECONDS, light
+from chaos.victims import said_name
 from penstock.common.process import STOP_SECONDS
 from penstock.common.redis import Client, RedisSettings, connect
 from penstock.deploy.config import load_config
@@ -54,8 +55,7 @@ class Worker:
 
     def name(self) -> str | None:
         """What it calls itself, once it is set up."""
-        found = re.search(r"worker=(\S+)", self.said())
-        return found[1] if found else None
+        return said_name(self.said())
 
     def metrics(self) -> str:
         port = re.search(r"port=(\d+)", self.said())

@@ -1,6 +1,7 @@
 """The processes of one experiment, found by what their command lines say."""
 
 import os
+import re
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -66,9 +67,14 @@ class Victims:
                 text = file.read()
                 self._read[log] = file.tell()
             for line in text.splitlines():
-                if "worker=" in line:
-                    pid = int(line.split("worker=")[1].split()[0].rsplit("-", 2)[1])
-                    self.ready.setdefault(pid, now)
+                if (name := said_name(line)) is not None:
+                    self.ready.setdefault(int(name.rsplit("-", 2)[1]), now)
+
+
+def said_name(text: str) -> str | None:
+    """What a worker calls itself in its log, once it is set up."""
+    found = re.search(r"(?:producing|training runs of) \S+ as (\S+)", text)
+    return found[1] if found else None
 
 
 def tell(pid: int, number: signal.Signals) -> bool:
