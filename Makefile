@@ -14,7 +14,7 @@ help:
 	@echo "make toy WORKDIR=dir    a grid of SAEs on data whose features are known -> sweep.html, toy-summary.json"
 	@echo "make test               tests that need nothing but Python packages"
 	@echo "make interop            exports and imports against SAELens, dictionary_learning and sparsify"
-	@echo "make peers WORKDIR=dir  quality of dictionaries beside these libraries', on the same batches (hours)"
+	@echo "make peers WORKDIR=dir  quality of dictionaries beside these libraries', on the same batches (an hour or two)"
 	@echo "make test-services      tests against servers and a browser from Debian packages, and long ones"
 	@echo "make chaos KILLS=n SEED=s STORE=local|moto|ceph SOURCE=light|lm"
 	@echo "                        kill everything at random; nothing may come out different"

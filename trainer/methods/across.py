@@ -59,7 +59,7 @@ def seed_agreement(places: Sequence[Place], load: Load) -> dict[str, float]:
         others = [p for p in places if _like(p, place) and p.size == place.size and p.seed != place.seed]
         if others:
             own = load(place.name)
-            found[place.name] = sum(mmcs(load(p.name), own) for p in others) / len(others)
+            found[place.name] = fmean(mmcs(load(p.name), own) for p in others)
     return found
 
 
