@@ -1,7 +1,8 @@
 """compose.yaml comes up: every Penstock service as it is written there, beside a real Valkey and S3 server.
 
 No engine is needed: containers are made of namespaces (services/containers.py). What differs from Docker: the
-image's programs are this interpreter's, and the S3 server is moto or Ceph in place of SeaweedFS.
+image's programs are this interpreter's, and the S3 server is moto in place of SeaweedFS
+(test_compose_watched.py has Ceph).
 """
 
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from penstock.store.objects import open_store
 from services.command import small_config, write_config
 from services.containers import need_containers
 from services.deployment import SECRETS, Up, bring_up
-from services.s3_server import S3Server
+from services.moto import MotoServer
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def up(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def up(moto: MotoServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     need_containers()
     config = small_config(Path("/var/lib/penstock"), runs_url="s3://penstock/runs", json_logs=True)
     config["corpus"]["url"] = "s3://penstock/corpus"
@@ -28,9 +29,9 @@ def up(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config["metrics"] = {"host": "0.0.0.0", "port": 9464}
     file = write_config(tmp_path_factory.mktemp("compose") / "penstock.yaml", config)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.environment().items():
+        for name, value in moto.environment().items():
             patch.setenv(name, value)
-        with bring_up(s3_server, file, "cpu") as running:
+        with bring_up(moto, file, "cpu") as running:
             yield running
 
 

@@ -56,6 +56,8 @@ run dir = {directory}
 log file = {directory}/$name.log
 admin socket = {directory}/$name.asok
 mon data = {directory}/mon
+# the monitor ends when less than this share of the disk is free, which a busy machine may well have
+mon data avail crit = 0
 osd data = {directory}/osd
 keyring = {directory}/keyring
 [client.rgw.a]
@@ -129,6 +131,12 @@ class CephGateway(S3Server):
         """SIGKILL the gateway: whatever it was doing is cut off."""
         kill(self._gateway)
 
+    def stop_gateway(self) -> None:
+        """Ask the gateway to end, and wait until it has."""
+        assert self._gateway is not None
+        self._gateway.terminate()
+        self._gateway.wait(timeout=_START)
+
     def start_gateway(self) -> None:
         """Start the gateway on its port and wait until it answers."""
         self._gateway = self._start("radosgw", "-n", "client.rgw.a")
@@ -180,28 +188,35 @@ class CephGateway(S3Server):
             return start([*self._command(name, *arguments), "-f"], output)
 
     def _call(self, name: str, *arguments: str) -> None:
-        done = subprocess.run(
-            self._command(name, *arguments),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=_START,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                self._command(name, *arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=_START,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            # whoever is asked may have ended
+            self._check_alive()
+            raise
         assert done.returncode == 0, f"{name} {' '.join(arguments)}: {done.stdout}"
 
     def _wait_for_gateway(self) -> None:
-        processes = {"ceph-mon": self._monitor, "ceph-osd": self._disk, "radosgw": self._gateway}
-
         def ready() -> bool:
-            for name, process in processes.items():
-                if process is not None and process.poll() is not None:
-                    said = (self._directory / f"{name}.out").read_text(errors="replace")
-                    raise AssertionError(f"{name} ended with {process.returncode}: {said[-2000:]}")
+            self._check_alive()
             return _answers(self.url)
 
         eventually(ready, _START)
+
+    def _check_alive(self) -> None:
+        processes = {"ceph-mon": self._monitor, "ceph-osd": self._disk, "radosgw": self._gateway}
+        for name, process in processes.items():
+            if process is not None and process.poll() is not None:
+                said = (self._directory / f"{name}.out").read_text(errors="replace")
+                raise AssertionError(f"{name} ended with {process.returncode}: {said[-2000:]}")
 
 
 def _answers(url: str) -> bool:

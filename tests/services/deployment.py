@@ -1,7 +1,7 @@
 """Our compose.yaml, up: what stands for its images on this machine, and how to look at what it does."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,20 @@ class Up:
 
 
 @contextmanager
-def bring_up(server: S3Server, config: Path, *profiles: str) -> Iterator[Up]:
+def bring_up(
+    server: S3Server,
+    config: Path,
+    *profiles: str,
+    held: Collection[str] = (),
+    bytes_per_second: float | None = None,
+) -> Iterator[Up]:
     """Services of some profiles, with a config file of ours.
 
     The S3 server is one that runs already. Grafana, for which there is no package, is left out.
+
+    Args:
+        held: services that do not start until they are taken out of `Stack.held`.
+        bytes_per_second: of the network between containers and the S3 server, in each direction.
     """
     told = example_environment() | SECRETS
     told |= {"S3_ACCESS_KEY": server.access_key, "S3_SECRET_KEY": server.secret_key}
@@ -107,9 +117,12 @@ def bring_up(server: S3Server, config: Path, *profiles: str) -> Iterator[Up]:
         directory = stack.enter_context(scratch())
         networks = stack.enter_context(Networks(list(compose.networks)))
         there = networks.gateway("store")
-        stack.enter_context(Forwarder((there, wanted.port), (endpoint.hostname, endpoint.port)))
+        stack.enter_context(
+            Forwarder((there, wanted.port), (endpoint.hostname, endpoint.port), bytes_per_second)
+        )
         running = stack.enter_context(
             Stack(services, networks, directory, image, shown_paths(), elsewhere={"s3": there})
         )
+        running.held.update(held)
         stack.enter_context(NameServer(networks.gateway("watch"), lambda name: running.found("watch", name)))
         yield Up(running, server)

@@ -26,11 +26,35 @@ class Image:
     health: list[str]
 
 
-class Forwarder:
-    """TCP from one address to another, for as long as the `with` block lasts."""
+class Pace:
+    """Lets so many bytes a second through, whoever has them; none at all limits nothing."""
 
-    def __init__(self, listen: tuple[str, int], to: tuple[str, int]) -> None:
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self._seconds_per_byte = 1 / bytes_per_second if bytes_per_second else 0.0
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self, n_bytes: int) -> None:
+        """Until this many more may pass."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + n_bytes * self._seconds_per_byte
+            pause = self._free_at - time.monotonic()
+        if pause > 0:
+            time.sleep(pause)
+
+
+class Forwarder:
+    """TCP from one address to another, for as long as the `with` block lasts.
+
+    Args:
+        bytes_per_second: how fast it is in each direction, all connections together.
+    """
+
+    def __init__(
+        self, listen: tuple[str, int], to: tuple[str, int], bytes_per_second: float | None = None
+    ) -> None:
         self._to = to
+        self._there, self._back = Pace(bytes_per_second), Pace(bytes_per_second)
         self._server = socket.create_server(listen)
         threading.Thread(target=self._accept, name="forwarder", daemon=True).start()
 
@@ -56,17 +80,18 @@ class Forwarder:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._to) as server:
-            back = threading.Thread(target=_pump, args=(server, client), daemon=True)
+        with client, suppress(ConnectionError), socket.create_connection(self._to) as server:
+            back = threading.Thread(target=_pump, args=(server, client, self._back), daemon=True)
             back.start()
-            _pump(client, server)
+            _pump(client, server, self._there)
             back.join()
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+def _pump(source: socket.socket, sink: socket.socket, pace: Pace) -> None:
     """Bytes from one side to the other until one of them has had enough; then tell the other."""
     with suppress(OSError):
         while data := source.recv(1 << 16):
+            pace.wait(len(data))
             sink.sendall(data)
     for end, how in ((sink, socket.SHUT_WR), (source, socket.SHUT_RD)):
         with suppress(OSError):
@@ -95,6 +120,7 @@ class Stack:
         self.services = services
         self.containers: dict[str, list[Container]] = {}
         self.ends: dict[str, list[int]] = {name: [] for name in services}
+        self.held: set[str] = set()
         self._networks, self._directory = networks, directory
         self._image, self._shown, self._elsewhere = image, shown, elsewhere
         self._addresses = {
@@ -119,7 +145,7 @@ class Stack:
     def step(self) -> None:
         """Do what can be done now."""
         for name, service in self.services.items():
-            if name in self._elsewhere:
+            if name in self._elsewhere or name in self.held:
                 continue
             if name not in self.containers:
                 if all(self._met(other, need.condition) for other, need in service.depends_on.items()):
@@ -139,6 +165,19 @@ class Stack:
                 del self._again_at[name]
                 container.remove()
                 self.containers[name] = [self._start(name)]
+
+    def restart(self, name: str) -> float:
+        """As `docker compose restart NAME` does; seconds until it had ended.
+
+        Fails if it does not end with 0 within its grace.
+        """
+        container = self.container(name)
+        began = time.monotonic()
+        assert container.stop(self.services[name].stop_grace_period) == 0, name
+        took = round(time.monotonic() - began, 2)
+        container.remove()
+        self.containers[name] = [self._start(name)]
+        return took
 
     def completed(self, name: str) -> bool:
         """Whether a service ended with 0."""
