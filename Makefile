@@ -55,7 +55,7 @@ peers: .venv/installed-dev .venv-interop/installed
 	$(BIN)/python -m benchmarks.quality $(or $(WORKDIR),peers)
 
 test-services: .venv/installed-dev
-	$(BIN)/pytest -m "services or long"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "services or long"
 
 chaos: .venv/installed-dev
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --seed $(SEED) --store $(STORE) --source $(SOURCE)

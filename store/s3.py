@@ -14,6 +14,7 @@ variables (`AWS_ENDPOINT_URL` or `AWS_ENDPOINT_URL_S3` for a server that is not 
 and instance roles. Everything tried again is tried again here, by the policy of `common/retries.py`.
 """
 
+import asyncio
 import base64
 import logging
 import time
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import aiohttp
 import google_crc32c
 import s3fs
 
@@ -39,6 +41,14 @@ _TOKEN = "penstock-create"  # user metadata: who made the object; never part of 
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+
+
+def _left_behind(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A task of a failed request ended with an error: the request itself told whoever asked."""
+    if isinstance(context.get("exception"), (aiohttp.ClientError, OSError)):
+        _log.debug("%s: %r", context["message"], context["exception"])
+    else:
+        loop.default_exception_handler(context)
 
 
 class S3Store(ObjectStore):
@@ -80,6 +90,7 @@ class S3Store(ObjectStore):
             },
         )
         self._s3.retries = 1
+        self._s3.loop.set_exception_handler(_left_behind)
 
     def _create(self, key: str, data: bytes) -> bool:
         return self._create_as(uuid.uuid4().hex, key, data)

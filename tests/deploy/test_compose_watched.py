@@ -26,15 +26,15 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
 
 JOBS = ("producer", "trainer", "exporter")
 # the run lasts at least as long as its bytes take to pass, however fast the machine is
-CHUNKS, CHUNK_BYTES, BYTES_PER_SECOND = 96, 4_000_000, 3_000_000
+CHUNKS, CHUNK_BYTES, BYTES_PER_SECOND = 72, 4_000_000, 3_000_000
 
 
 def experiment(workdir: Path, base: str) -> dict[str, Any]:
-    """A producer that waits for the run: it makes no more than eight chunks ahead of it."""
+    """A producer that waits for the run: it makes no more than 16 chunks ahead of it."""
     config = small_config(workdir, runs_url=f"{base}runs", json_logs=True)
     config["corpus"] |= {"url": f"{base}corpus", "max_tokens": (CHUNKS + 1) * 16 * 128}
     config["dataset"] |= {"url": f"{base}dataset", "max_rows": CHUNKS * 16 * 127}
-    config["dataset"] |= {"retention": "window", "budget_bytes": 8 * CHUNK_BYTES}
+    config["dataset"] |= {"retention": "window", "budget_bytes": 16 * CHUNK_BYTES}
     config["runs"][0]["head_interval"] = 2
     return config
 
@@ -135,6 +135,10 @@ def test_every_process_is_restarted_in_turn(up: Up, ceph: CephGateway) -> None:
         else:
             up.stack.restart(name)
 
+    def serves(name: str) -> bool:
+        paths = {"prometheus": (9090, "/api/v1/targets"), "alertmanager": (9093, "/api/v2/alerts")}
+        return ask(up, name, *paths[name]) is not None if name in paths else up.stack.healthy(name)
+
     def went_on(after: int) -> bool:
         head = up.head()
         return head is not None and head.n > after
@@ -145,7 +149,7 @@ def test_every_process_is_restarted_in_turn(up: Up, ceph: CephGateway) -> None:
     for name in names:
         began = time.monotonic()
         restart(name)
-        up.until(f"{name} again", partial(up.stack.healthy, name))
+        up.until(f"{name} again", partial(serves, name))
         before = up.head()
         assert before is not None
         up.until("a head after it", partial(went_on, before.n))
@@ -164,7 +168,6 @@ def test_nothing_came_of_it(up: Up, undisturbed: Head) -> None:
     }
     assert head.rows == undisturbed.rows
     # Prometheus, too, was restarted, and has kept what it knew
-    up.until("prometheus", lambda: ask(up, "prometheus", 9090, "/api/v1/targets") is not None)
     assert ever_fired(up) == {("RunTakenOver", "info")}
 
 

@@ -186,7 +186,9 @@ class Container:
         run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", self._net)
         run("ip", "link", "set", outer, "master", network, "up")
         run("ip", "-n", self._net, "address", "add", f"{address}/24", "dev", inner)
-        run("ip", "-n", self._net, "link", "set", inner, "up")
+        # from the address, as Docker makes it: neighbours find the next container at once, too
+        hardware = ":".join(["02", "42", *(f"{int(part):02x}" for part in address.split("."))])
+        run("ip", "-n", self._net, "link", "set", inner, "address", hardware, "up")
 
     def _inner(self) -> int | None:
         """The container's first process, once it is the command and no longer our script."""

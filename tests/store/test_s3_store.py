@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
+import aiohttp
 import google_crc32c
 import pytest
 
@@ -372,3 +373,19 @@ def check_message(error: PenstockError, *parts: str) -> None:
 
 def retries_counted(op: str) -> float:
     return REGISTRY.get_sample_value("penstock_object_retries_total", {"op": op}) or 0.0
+
+
+def test_what_a_failed_request_leaves_behind_is_no_error_of_its_own(
+    store: S3Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """aiohttp's own tasks end with errors that nobody asks for; faults of other kinds stay to be seen."""
+
+    def ended_with(error: Exception) -> list[str]:
+        caplog.clear()
+        context = {"message": "Task exception was never retrieved", "exception": error}
+        store._s3.loop.call_exception_handler(context)
+        return [record.levelname for record in caplog.records if record.levelno > logging.DEBUG]
+
+    assert ended_with(aiohttp.ClientOSError(104, "Connection reset by peer")) == []
+    assert ended_with(ConnectionResetError("Cannot write to closing transport")) == []
+    assert ended_with(ValueError("a fault")) == ["ERROR"]
