@@ -129,15 +129,19 @@ class LanguageModel:
 
         Args:
             tokens: [B, C] token ids.
-            splice: per hook, a function from its activations [B, C, D] to what replaces them.
+            splice: per hook, a function from its activations [B, C, D] to what replaces them; it may give
+                them back as they are, and must not write into them.
 
         Returns:
             [B, C, V].
         """
 
-        def replace(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Any], Tensor]:
-            def hook(acts: Tensor, hook: Any) -> Tensor:
-                return function(acts.flatten(2)).to(acts.dtype).view_as(acts)
+        def replace(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Any], Tensor | None]:
+            def hook(acts: Tensor, hook: Any) -> Tensor | None:
+                flat = acts.flatten(2)
+                result = function(flat)
+                # None leaves everything as it is: the bridge recognises a change by the object
+                return None if result is flat else result.to(acts.dtype).view_as(acts)
 
             return hook
 

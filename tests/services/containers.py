@@ -92,9 +92,11 @@ class Container:
         for network, address in spec.networks.items():
             self._plug(network, address)
         with self.log.open("ab") as output:
-            # the namespace of mounts is private, so all of them go with the last process in it
+            # the namespace of mounts is private, so all of them go with the last process in it; each of these
+            # commands becomes the next, so the first is told when whoever started it is gone
             self.process = subprocess.Popen(
                 [
+                    *("setpriv", "--pdeathsig", "KILL", "--"),
                     *("ip", "netns", "exec", self._net),
                     *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"),
                     *("sh", "-euc", self._script()),
