@@ -56,7 +56,6 @@ class Space:
     url: str
     used: int | None = None
     quota: int | None = None
-    free: int | None = None
 
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -137,6 +136,12 @@ def _of_datasets(survey: Survey) -> Iterator[Sample]:
 def space_samples(spaces: dict[str, Space]) -> Iterator[Sample]:
     """What is known of the space below each URL."""
     for url, space in spaces.items():
-        for name, value in (("", space.used), ("quota_", space.quota), ("free_", space.free)):
+        for name, value in (("", space.used), ("quota_", space.quota)):
             if value is not None:
                 yield f"penstock_store_{name}bytes", (url,), value
+
+
+def free_samples(free: dict[str, int]) -> Iterator[Sample]:
+    """Free bytes, by the URL below which they are."""
+    for url, value in free.items():
+        yield "penstock_store_free_bytes", (url,), value

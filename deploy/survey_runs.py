@@ -1,11 +1,12 @@
 """One run, as the store has it: its config, its newest head, and how much it has to read."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock.common.errors import DataError, ObjectMissing
+from penstock.common.errors import DataError, ObjectMissing, OtherFormat
 from penstock.deploy.survey_datasets import Seen
 from penstock.store.heads import TERMINAL, Head, links, newest_head
 from penstock.store.objects import ObjectStore
@@ -91,11 +92,13 @@ def look_at_run(runs: ObjectStore, run_id: str, known: dict[str, RunKnown]) -> R
         if it.head is None or not it.head.terminal:
             head = newest_head(runs, run_id, it.head)
             if head is not None and (it.head is None or head.n > it.head.n):
-                it.head, it.progress = head, _progress(runs, run_id, head) or it.progress
+                # how fast a run was that has ended is of no use any more
+                it.progress = it.progress if head.terminal else _progress(runs, run_id, head)
+                it.head = head
     except ObjectMissing as error:
         # a folder that holds no config is no run; a config whose head is gone is a damaged one
         return None if run_id not in known else RunNow(run_id, "unreadable", reason=str(error))
-    except DataError as error:
+    except (DataError, OtherFormat) as error:
         return RunNow(run_id, "unreadable", reason=str(error))
     return _now(run_id, it)
 
@@ -107,11 +110,14 @@ def _lean(config: RunConfig) -> RunConfig:
 
 
 def _progress(runs: ObjectStore, run_id: str, head: Head) -> tuple[float, int] | None:
-    """How long a progress head took, and the rows that it brought; None for a takeover."""
-    if head.kind != "progress" or head.parent is None:
-        return None
-    _, parent = list(zip(range(2), links(runs, run_id, head), strict=False))
-    return head.time - parent[1].time, head.rows - parent[1].rows
+    """How long the lineage's newest progress head took, and the rows that it brought; None if it has none.
+
+    Takeovers in a row are few: a run ends as failed before there are many.
+    """
+    for link, parent in pairwise(links(runs, run_id, head)):
+        if link.kind == "progress":
+            return link.time - parent.time, link.rows - parent.rows
+    return None
 
 
 def _now(run_id: str, it: RunKnown) -> RunNow:
