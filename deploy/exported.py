@@ -20,6 +20,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "penstock_runs_pending": ("Runs that have not ended: one trainer is of use for each", ()),
     "penstock_runs": ("Runs by state", ("state",)),
     "penstock_backlog_chunks": ("Chunks stored next in the reading order, from the newest head on", ("run",)),
+    "penstock_run_next_head_chunks": ("Chunks to train on from the newest head to the next", ("run",)),
     "penstock_run_position": ("Chunks trained on by the newest head, over all epochs", ("run",)),
     "penstock_run_positions": ("Chunks to train on, over all epochs", ("run",)),
     "penstock_run_rows": ("Rows trained on by the newest head", ("run",)),
@@ -105,6 +106,7 @@ def _of_runs(survey: Survey) -> Iterator[Sample]:
             yield "penstock_run_head", label, run.head
         if run.state in ENDED:
             continue
+        yield "penstock_run_next_head_chunks", label, run.next_head
         if run.backlog is not None:
             yield "penstock_backlog_chunks", label, run.backlog
         if run.head_time is not None:

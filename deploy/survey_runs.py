@@ -27,6 +27,7 @@ class RunNow:
         position, n_positions: chunks trained on by its newest head, and in all.
         step, total_steps, rows, total_rows: steps and rows, likewise.
         backlog: chunks stored next in its reading order; None where that is not known.
+        next_head: chunks to train on from the newest head to the next.
         head, head_time, head_seconds: number and time of the newest head; how long the newest progress head
             took since its parent, and how many rows it brought.
         figures: per SAE, of the newest head's last window.
@@ -46,6 +47,7 @@ class RunNow:
     rows: int = 0
     total_rows: int = 0
     backlog: int | None = None
+    next_head: int = 0
     head: int | None = None
     head_time: float | None = None
     head_seconds: float | None = None
@@ -123,16 +125,19 @@ def _progress(runs: ObjectStore, run_id: str, head: Head) -> tuple[float, int] |
 def _now(run_id: str, it: RunKnown) -> RunNow:
     head, config = it.head, it.config
     seconds, rows = it.progress or (None, 0)
+    position = head.position if head else config.start
+    interval = config.settings.head_interval * config.order.window_chunks
     return RunNow(
         id=run_id,
         state="pending" if head is None else head.status,
         datasets=tuple(config.dataset_urls),
-        position=head.position if head else config.start,
+        position=position,
         n_positions=config.order.n_positions,
         step=head.step if head else 0,
         total_steps=it.total_steps,
         rows=head.rows if head else 0,
         total_rows=it.total_rows,
+        next_head=max(0, min(interval, config.order.n_positions - position)),
         head=head.n if head else None,
         head_time=head.time if head else None,
         head_seconds=seconds,

@@ -125,6 +125,8 @@ def test_all_is_published_while_nobody_works_and_redis_is_down(fleet: Path) -> N
     assert of(samples, "penstock_dataset_blocked") == {urls[0]: 0}
     backlog = {run[:6]: value for run, value in of(samples, "penstock_backlog_chunks").items()}
     assert backlog == {"run-00": 25, "run-01": 20, "run-05": 20, "run-06": 15}
+    # one window of five chunks each
+    assert set(of(samples, "penstock_run_next_head_chunks").values()) == {5}
     ages = of(samples, "penstock_run_head_age_seconds")
     assert {run[:6] for run in ages} == {"run-01", "run-06"}
     assert all(3600 <= age < 3700 for age in ages.values())
