@@ -361,6 +361,8 @@ def test_autoscalers_ask_for_metrics_that_exist_and_scale_what_is_there() -> Non
             (metric,) = re.findall(r"\b(?:penstock|sae)_\w+", trigger["metadata"]["query"])
             if published is not None:
                 assert metric in published
+            # another installation that the same Prometheus watches has nothing to do with it
+            assert f'{metric}{{namespace="{found["metadata"]["namespace"]}"}}' in trigger["metadata"]["query"]
     assert deployments["exporter"]["spec"]["replicas"] == 1
 
 
