@@ -41,7 +41,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "penstock_workers_waiting": ("Workers that say that they wait", ("kind",)),
     "penstock_store_bytes": ("Bytes stored below a URL", ("url",)),
     "penstock_store_quota_bytes": ("Quota of a dataset", ("url",)),
-    "penstock_store_free_bytes": ("Free bytes of the file system below a local path", ("url",)),
+    "penstock_store_free_bytes": ("Free bytes of the file system of a local path", ("url",)),
     "penstock_redis_up": ("1 if Redis answered the last look", ()),
     "penstock_exporter_look_success": ("1 if the last look at the store succeeded", ()),
     "penstock_exporter_look_timestamp_seconds": ("When the last look that succeeded ended", ()),

@@ -131,11 +131,13 @@ def count_space(config: Config, stop: threading.Event) -> dict[str, Space]:
 
 
 def free_space(config: Config) -> dict[str, int]:
-    """Free bytes below the URLs of the datasets and of the runs that are local, by URL.
+    """Free bytes below the work directory and the URLs of datasets and runs that are local, by URL.
 
+    With S3 from the same machine the work directory commonly shares its disk.
     It is asked at every look, and costs no listing: a disk may fill while bytes are being counted.
     """
-    urls = (url.removeprefix("file://") for url in [*config.dataset_urls(), config.runs_url])
+    stored = [config.workdir, *config.dataset_urls(), config.runs_url]
+    urls = (url.removeprefix("file://") for url in stored)
     paths = [str(Path(url).absolute()) for url in urls if "://" not in url]
     return {path: free for path in paths if (free := _free(path)) is not None}
 
