@@ -42,6 +42,10 @@ class PlanMismatch(UserError):
     """A URL already holds a dataset, corpus or run made to another plan."""
 
 
+class OtherFormat(UserError):
+    """A record has a format version that this version of penstock does not read."""
+
+
 class ModelError(UserError):
     """A language model cannot be loaded, lacks a hook point or differs from the manifest."""
 

@@ -1,11 +1,13 @@
 """Logging: one line per event, plain or JSON, to standard error, without secrets."""
 
+import contextlib
 import json
 import logging
 import math
 import sys
 import threading
 import time
+import traceback
 from types import TracebackType
 from typing import Any
 
@@ -76,8 +78,11 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             print(self.format(record), file=sys.stderr, flush=True)
-        except Exception:  # what logging does: a message must not end the process
-            self.handleError(record)
+        except Exception:  # a message must not end the process; logging's own complaint hides no secrets
+            trace = traceback.format_exc()
+            with contextlib.suppress(Exception):
+                what = f"a log message of {record.name} cannot be told: {record.msg!r} {record.args!r}"
+                print(redact(f"{what}\n{trace}"), file=sys.stderr, flush=True)
 
 
 _handler = _Stderr()

@@ -22,15 +22,23 @@ _IN_URL = re.compile(r"//(?:[^:/@\s]*:)?([^\s]*)@")
 """What stands before the last @: a password may hold a slash."""
 _NAMES = (
     r"(?:[a-z0-9_.-]*[_.-])?(?:password|passwd|secret|token|api[_-]?key|access[_-]?key(?:[_-]?id)?|accesskeyid|sig|"
-    r"signature|credential|authorization)"
+    r"signature|credential|authorization|secret[_-]?(?:access[_-]?)?key|session[_-]?token|identity[_-]?token|"
+    r"webidentitytoken|accesstoken|refreshtoken|clientsecret|accountkey)"
 )
+_HEADERS = r"(?:proxy-authorization|authorization|x-amz-security-token|x-api-key|cookie|set-cookie)"
 _FORMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(//[^/\s:@'\"]*:)[^/\s@'\"]+@"), rf"\1{HIDDEN}@"),
     (re.compile(r"(https?://)[^/\s:@'\"]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
-    (re.compile(r"(['\"]authorization['\"]: b?['\"])[^'\"]*", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(r"(\bauthorization: ?)[^\r\n'\"\\]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(['\"]{_HEADERS}['\"][:,] b?['\"])[^'\"]*", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(\b{_HEADERS}: ?)[^\r\n'\"\\]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    # what hands out credentials for a while answers in XML or JSON
+    (
+        re.compile(r"(<[\w:.-]*(?:password|secret\w*|token|accesskeyid)>)[^<]+", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
     (re.compile(rf"(\b{_NAMES}=)(?!\*)[^\s&'\",;)}}\]\\]+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(rf"(['\"]{_NAMES}['\"]: ?b?['\"])[^'\"]*", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(['\"]{_NAMES}['\"] ?: ?b?['\"])[^'\"]*", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(\b{_NAMES}=b?['\"])[^'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"(\bbearer )[^\s'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), HIDDEN),
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), HIDDEN),

@@ -29,6 +29,9 @@ OLDEST_SERVER = (6, 2)
 EVICTION = "noeviction"
 """The only `maxmemory-policy` under which work cannot vanish."""
 
+REPLY_SECONDS = 10.0
+"""An attempt waits for a reply for so long."""
+
 _T = TypeVar("_T")
 
 
@@ -95,11 +98,14 @@ def _count(error: BaseException) -> None:
     LOGGER.debug("redis: %s; trying again", error)
 
 
-def connect(settings: RedisSettings, bounds: retries.Bounds = retries.REDIS) -> Client:
+def connect(
+    settings: RedisSettings, bounds: retries.Bounds = retries.REDIS, patience: float = REPLY_SECONDS
+) -> Client:
     """A connected client.
 
     Args:
         bounds: how long it tries again what may pass by itself.
+        patience: seconds that one attempt waits for a reply.
 
     Raises:
         ConfigError: no url is set, it is not a Redis url, or the server is too old or may evict keys.
@@ -127,8 +133,8 @@ def connect(settings: RedisSettings, bounds: retries.Bounds = retries.REDIS) -> 
             decode_responses=True,
             # reply shapes differ between protocol versions
             protocol=2,
-            socket_timeout=10.0,
-            socket_connect_timeout=5.0,
+            socket_timeout=patience,
+            socket_connect_timeout=min(5.0, patience),
             retry=PolicyRetry(bounds),
             retry_on_error=[redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError],
             **options,

@@ -257,7 +257,7 @@ def status(config: str, workdir: str | None, as_json: bool, live: bool) -> None:
 @CONFIG
 @WORKDIR
 @click.option(
-    "--every", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds between looks."
+    "--every", type=click.FloatRange(0.1, 120), default=10.0, show_default=True, help="Seconds between looks."
 )
 def exporter(config: str, workdir: str | None, every: float) -> None:
     """Publish what the store and Redis hold, as metrics, until stopped."""

@@ -20,6 +20,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "penstock_runs_pending": ("Runs that have not ended: one trainer is of use for each", ()),
     "penstock_runs": ("Runs by state", ("state",)),
     "penstock_backlog_chunks": ("Chunks stored next in the reading order, from the newest head on", ("run",)),
+    "penstock_run_next_head_chunks": ("Chunks to train on from the newest head to the next", ("run",)),
     "penstock_run_position": ("Chunks trained on by the newest head, over all epochs", ("run",)),
     "penstock_run_positions": ("Chunks to train on, over all epochs", ("run",)),
     "penstock_run_rows": ("Rows trained on by the newest head", ("run",)),
@@ -40,7 +41,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "penstock_workers_waiting": ("Workers that say that they wait", ("kind",)),
     "penstock_store_bytes": ("Bytes stored below a URL", ("url",)),
     "penstock_store_quota_bytes": ("Quota of a dataset", ("url",)),
-    "penstock_store_free_bytes": ("Free bytes of the file system below a local path", ("url",)),
+    "penstock_store_free_bytes": ("Free bytes of the file system of a local path", ("url",)),
     "penstock_redis_up": ("1 if Redis answered the last look", ()),
     "penstock_exporter_look_success": ("1 if the last look at the store succeeded", ()),
     "penstock_exporter_look_timestamp_seconds": ("When the last look that succeeded ended", ()),
@@ -56,7 +57,6 @@ class Space:
     url: str
     used: int | None = None
     quota: int | None = None
-    free: int | None = None
 
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -106,6 +106,7 @@ def _of_runs(survey: Survey) -> Iterator[Sample]:
             yield "penstock_run_head", label, run.head
         if run.state in ENDED:
             continue
+        yield "penstock_run_next_head_chunks", label, run.next_head
         if run.backlog is not None:
             yield "penstock_backlog_chunks", label, run.backlog
         if run.head_time is not None:
@@ -137,6 +138,12 @@ def _of_datasets(survey: Survey) -> Iterator[Sample]:
 def space_samples(spaces: dict[str, Space]) -> Iterator[Sample]:
     """What is known of the space below each URL."""
     for url, space in spaces.items():
-        for name, value in (("", space.used), ("quota_", space.quota), ("free_", space.free)):
+        for name, value in (("", space.used), ("quota_", space.quota)):
             if value is not None:
                 yield f"penstock_store_{name}bytes", (url,), value
+
+
+def free_samples(free: dict[str, int]) -> Iterator[Sample]:
+    """Free bytes, by the URL below which they are."""
+    for url, value in free.items():
+        yield "penstock_store_free_bytes", (url,), value

@@ -18,7 +18,7 @@ from penstock.common.logs import LOGGER, tell_about
 from penstock.common.metrics import REGISTRY
 from penstock.common.process import stop_on_signals, worker_name
 from penstock.deploy.config import Config
-from penstock.deploy.exported import Space, families, space_samples, survey_samples
+from penstock.deploy.exported import Space, families, free_samples, space_samples, survey_samples
 from penstock.deploy.survey import Survey, Surveyor
 from penstock.store.objects import ObjectStore, open_store
 
@@ -35,6 +35,7 @@ class Published(Collector):
         self.survey: Survey | None = None
         self.succeeded = False
         self.spaces: dict[str, Space] = {}
+        self.free: dict[str, int] = {}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield from families(self._samples())
@@ -44,6 +45,7 @@ class Published(Collector):
         if self.survey is not None:
             yield from survey_samples(self.survey)
         yield from space_samples(self.spaces)
+        yield from free_samples(self.free)
 
 
 class Exporter:
@@ -73,6 +75,8 @@ class Exporter:
         """Look once; what cannot be seen now stays as it was."""
         published = self._published
         try:
+            # first: a disk that fills may be why the look fails
+            published.free = free_space(self._config)
             survey = self._surveyor.look()
         except PenstockError as error:
             published.succeeded = False
@@ -109,6 +113,9 @@ class Exporter:
                 self._published.spaces = count_space(self._config, stop)
             except PenstockError as error:
                 LOGGER.warning("bytes stored are not counted: %s", error)
+            except Exception as error:
+                # as for a look
+                LOGGER.exception("bytes stored are not counted: %s", error)
             # what takes long is done less often
             stop.wait(max(COUNT_SECONDS, 10 * (time.monotonic() - started)))
 
@@ -119,8 +126,20 @@ def count_space(config: Config, stop: threading.Event) -> dict[str, Space]:
     for url in dict.fromkeys([*config.dataset_urls(), config.runs_url]):
         store = open_store(url)
         quota = config.dataset.quota_bytes if url == config.dataset.url else None
-        found[store.url] = Space(store.url, _bytes(store, stop), quota, _free(store.url))
+        found[store.url] = Space(store.url, _bytes(store, stop), quota)
     return found
+
+
+def free_space(config: Config) -> dict[str, int]:
+    """Free bytes below the work directory and the URLs of datasets and runs that are local, by URL.
+
+    With S3 from the same machine the work directory commonly shares its disk.
+    It is asked at every look, and costs no listing: a disk may fill while bytes are being counted.
+    """
+    stored = [config.workdir, *config.dataset_urls(), config.runs_url]
+    urls = (url.removeprefix("file://") for url in stored)
+    paths = [str(Path(url).absolute()) for url in urls if "://" not in url]
+    return {path: free for path in paths if (free := _free(path)) is not None}
 
 
 def _bytes(store: ObjectStore, stop: threading.Event) -> int | None:
@@ -132,11 +151,9 @@ def _bytes(store: ObjectStore, stop: threading.Event) -> int | None:
     return total
 
 
-def _free(url: str) -> int | None:
-    if "://" in url:
-        return None
+def _free(path: str) -> int | None:
     # before anything is stored there is no directory yet
-    there = next((path for path in (Path(url), *Path(url).parents) if path.exists()), None)
+    there = next((path for path in (Path(path), *Path(path).parents) if path.exists()), None)
     return shutil.disk_usage(there).free if there else None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import redis
 
-from penstock.common.errors import DataError, PenstockError
+from penstock.common.errors import DataError, OtherFormat, PenstockError
 from penstock.common.redis import Client, connect
 from penstock.common.retries import ONCE
 from penstock.deploy.config import Config
@@ -25,6 +25,8 @@ THREADS = 16
 """Requests at a time: a look at many runs on S3 is many small requests."""
 FORGET_SECONDS = 600.0
 """What never changes is read again this often: somebody may have removed a run and submitted it again."""
+REDIS_SECONDS = 2.0
+"""Redis that takes longer for an answer is as good as down: what the store says must not wait for it."""
 RATE_SECONDS = 60.0
 """Rates are over as much of the past."""
 
@@ -109,7 +111,7 @@ class Surveyor:
         made_here = url == self._store(self._config.dataset.url).url
         try:
             return look_at_dataset(self._store(url), self._config, made_here, self._datasets)
-        except DataError as error:
+        except (DataError, OtherFormat) as error:
             return DatasetNow(url, problem=str(error))
         except PenstockError as error:
             if url in (self._store(own).url for own in self._config.dataset_urls()):
@@ -122,7 +124,7 @@ class Surveyor:
         try:
             runs_url = self._store(self._config.runs_url).url
             # tried once: the next look is the next try
-            self._client = self._client or connect(redis_settings(self._config), ONCE)
+            self._client = self._client or connect(redis_settings(self._config), ONCE, REDIS_SECONDS)
             return look_at_redis(self._client, self._config.redis, runs_url, run_ids, digests), None
         except (PenstockError, redis.RedisError) as error:
             self._client = None  # an embedded server may return elsewhere

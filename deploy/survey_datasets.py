@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from penstock.common.errors import ObjectMissing, PenstockError
+from penstock.common.errors import ObjectMissing, PenstockError, StoreError, Unavailable
 from penstock.deploy.config import Config
 from penstock.store.dataset import Dataset
 from penstock.store.manifest import OWN, Manifest, load_manifest
@@ -21,7 +21,8 @@ class DatasetNow:
         planned, rows: chunks and rows of its plan; None and 0 before there is one.
         committed, committed_rows: those that exist.
         quarantined: chunks given up.
-        wanted: chunks that a producer could make now; None where this config makes nothing.
+        wanted: chunks that a producer could make now; None where this config makes nothing, and where
+            a reader cannot be asked what it needs.
         blocked: for whom chunks are not made although some are missing.
         problem: why nothing more is known.
         claims: chunk -> who makes it; None where Redis does not say.
@@ -94,14 +95,19 @@ def look_at_dataset(
     )
 
 
-def _to_make(config: Config, seen: Seen) -> tuple[int, str | None]:
-    """How many missing chunks may be made now, and if none may, for whom they wait."""
+def _to_make(config: Config, seen: Seen) -> tuple[int | None, str | None]:
+    """How many missing chunks may be made now, and if none may, for whom they wait.
+
+    None where that cannot be asked: autoscaling must not take that for nothing to do.
+    """
     missing = np.flatnonzero(~seen.mask)
     manifest = seen.dataset.manifest
     if not len(missing) or manifest.source.kind == OWN:
         return 0, None
     try:
         limit, waiting_for = _limit(config, seen.dataset, manifest)
+    except (Unavailable, StoreError) as error:
+        return None, str(error)
     except PenstockError as error:
         return 0, str(error)
     may = int((missing < limit).sum())

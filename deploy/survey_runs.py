@@ -1,11 +1,12 @@
 """One run, as the store has it: its config, its newest head, and how much it has to read."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock.common.errors import DataError, ObjectMissing
+from penstock.common.errors import DataError, ObjectMissing, OtherFormat
 from penstock.deploy.survey_datasets import Seen
 from penstock.store.heads import TERMINAL, Head, links, newest_head
 from penstock.store.objects import ObjectStore
@@ -26,6 +27,7 @@ class RunNow:
         position, n_positions: chunks trained on by its newest head, and in all.
         step, total_steps, rows, total_rows: steps and rows, likewise.
         backlog: chunks stored next in its reading order; None where that is not known.
+        next_head: chunks to train on from the newest head to the next.
         head, head_time, head_seconds: number and time of the newest head; how long the newest progress head
             took since its parent, and how many rows it brought.
         figures: per SAE, of the newest head's last window.
@@ -45,6 +47,7 @@ class RunNow:
     rows: int = 0
     total_rows: int = 0
     backlog: int | None = None
+    next_head: int = 0
     head: int | None = None
     head_time: float | None = None
     head_seconds: float | None = None
@@ -91,11 +94,13 @@ def look_at_run(runs: ObjectStore, run_id: str, known: dict[str, RunKnown]) -> R
         if it.head is None or not it.head.terminal:
             head = newest_head(runs, run_id, it.head)
             if head is not None and (it.head is None or head.n > it.head.n):
-                it.head, it.progress = head, _progress(runs, run_id, head) or it.progress
+                # how fast a run was that has ended is of no use any more
+                it.progress = it.progress if head.terminal else _progress(runs, run_id, head)
+                it.head = head
     except ObjectMissing as error:
         # a folder that holds no config is no run; a config whose head is gone is a damaged one
         return None if run_id not in known else RunNow(run_id, "unreadable", reason=str(error))
-    except DataError as error:
+    except (DataError, OtherFormat) as error:
         return RunNow(run_id, "unreadable", reason=str(error))
     return _now(run_id, it)
 
@@ -107,26 +112,32 @@ def _lean(config: RunConfig) -> RunConfig:
 
 
 def _progress(runs: ObjectStore, run_id: str, head: Head) -> tuple[float, int] | None:
-    """How long a progress head took, and the rows that it brought; None for a takeover."""
-    if head.kind != "progress" or head.parent is None:
-        return None
-    _, parent = list(zip(range(2), links(runs, run_id, head), strict=False))
-    return head.time - parent[1].time, head.rows - parent[1].rows
+    """How long the lineage's newest progress head took, and the rows that it brought; None if it has none.
+
+    Takeovers in a row are few: a run ends as failed before there are many.
+    """
+    for link, parent in pairwise(links(runs, run_id, head)):
+        if link.kind == "progress":
+            return link.time - parent.time, link.rows - parent.rows
+    return None
 
 
 def _now(run_id: str, it: RunKnown) -> RunNow:
     head, config = it.head, it.config
     seconds, rows = it.progress or (None, 0)
+    position = head.position if head else config.start
+    interval = config.settings.head_interval * config.order.window_chunks
     return RunNow(
         id=run_id,
         state="pending" if head is None else head.status,
         datasets=tuple(config.dataset_urls),
-        position=head.position if head else config.start,
+        position=position,
         n_positions=config.order.n_positions,
         step=head.step if head else 0,
         total_steps=it.total_steps,
         rows=head.rows if head else 0,
         total_rows=it.total_rows,
+        next_head=max(0, min(interval, config.order.n_positions - position)),
         head=head.n if head else None,
         head_time=head.time if head else None,
         head_seconds=seconds,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from penstock.common.errors import DamagedObject, PlanMismatch, UserError
+from penstock.common.errors import DamagedObject, OtherFormat, PlanMismatch, UserError
 from penstock.common.settings import one_line
 from penstock.store.layout import FORMAT_VERSION, MANIFEST
 from penstock.store.objects import ObjectStore
@@ -166,7 +166,7 @@ def check_format(record: dict[str, Any], name: str) -> None:
     if type(version) is not int:  # true is an int, too
         raise DamagedObject(f"{name} is damaged: it carries no format version")
     if version != FORMAT_VERSION:
-        raise UserError(
+        raise OtherFormat(
             f"{name} has format version {one_line(str(version), 60)}; this version of penstock reads "
             f"{FORMAT_VERSION}: upgrade penstock"
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from penstock.common.errors import DataError
+from penstock.common.errors import DataError, OtherFormat, PenstockError
 from penstock.common.logs import LOGGER
 from penstock.store.heads import newest_head
 from penstock.store.objects import ObjectStore
@@ -16,11 +16,11 @@ class Unfinished:
 
     Attributes:
         positions: run id -> position of its newest head.
-        damaged: run id -> why its newest head cannot be read.
+        damaged: run id -> why its newest head cannot be read: it is damaged, or of another format.
     """
 
     positions: dict[str, int]
-    damaged: dict[str, DataError]
+    damaged: dict[str, PenstockError]
 
 
 def reconcile_runs(runs: ObjectStore, queue: RunQueue) -> None:
@@ -41,7 +41,7 @@ def unfinished_runs(runs: ObjectStore) -> Unfinished:
     for run_id in run_ids(runs):
         try:
             head = newest_head(runs, run_id)
-        except DataError as error:
+        except (DataError, OtherFormat) as error:
             found.damaged[run_id] = error
             continue
         if head is None or not head.terminal:

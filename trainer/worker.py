@@ -16,6 +16,7 @@ from penstock.common.errors import (
     Detached,
     Diverged,
     Fenced,
+    OtherFormat,
     PenstockError,
     RunFailed,
     Unavailable,
@@ -137,7 +138,7 @@ def work(place: Workplace, health: Health, stop: threading.Event, drain: bool) -
                 reason = "not finite" if isinstance(error, Diverged) else "given up"
                 metrics.sae_run_failed_timestamp_seconds.labels(run_id, reason).set(time.time())
                 LOGGER.error("%s", error)
-            except (DataError, ConfigError) as error:
+            except (DataError, ConfigError, OtherFormat) as error:
                 LOGGER.error("run %s cannot be carried on: %s", run_id, error)
                 aside.put(run_id, error)
             finally:
@@ -176,7 +177,7 @@ def carry_on(
 
     Raises:
         Fenced, RunFailed
-        DataError, ConfigError: it cannot be carried on here or now.
+        DataError, ConfigError, OtherFormat: it cannot be carried on here or now.
     """
     config = load_run_config(place.runs, run_id)
     strict = config.settings.strict

@@ -131,8 +131,8 @@ SAFETY = Dashboard(
                     "Free disk",
                     [Query("penstock_store_free_bytes", "{{url}}")],
                     unit="bytes",
-                    text="Of the file systems that local stores lie on. LowDisk fires below 10 GB, or when "
-                    "it will be full within four hours.",
+                    text="Of the file systems of the work directory and of local stores. LowDisk fires below "
+                    "10 GB, or when it will be full within four hours.",
                     width=12,
                 ),
                 Panel(

@@ -127,3 +127,27 @@ def test_no_secret_is_logged(
 )
 def test_last_words(text: str, said: str) -> None:
     assert logs.last_words(text) == said
+
+
+class Unspeakable:
+    """Its representation fails, too."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+@pytest.mark.parametrize("told", [("%d", "a-secret-to-hide"), ("%s", Unspeakable())])
+def test_a_message_that_cannot_be_told_tells_no_secret(
+    json_lines: bool,
+    told: tuple[str, object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", "a-secret-to-hide")
+    set_up_logging(json_lines)
+    LOGGER.info(*told)
+    said = capsys.readouterr().err
+    assert "a-secret-to-hide" not in said
+    if told[0] == "%d":
+        assert "cannot be told: '%d' ('***',)" in said

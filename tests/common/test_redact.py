@@ -31,6 +31,17 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
         "authorization: Bearer PLANTED",
         "Bearer PLANTED",
         "HF_TOKEN=PLANTED",
+        # what a role's credentials come with: nobody knows them beforehand
+        r"b'<Credentials>\n<SecretAccessKey>PLANTED</SecretAccessKey>\n<SessionToken>PLANTED</SessionToken>'",
+        '{"Code" : "Success", "SecretAccessKey" : "PLANTED", "Token" : "PLANTED"}',
+        "Action=AssumeRoleWithWebIdentity&WebIdentityToken=PLANTED&Version=1",
+        "{'body': {'WebIdentityToken': 'PLANTED'}}",
+        "PUT\nhost:s3\nx-amz-security-token:PLANTED\n\nhost",
+        "{'X-Amz-Security-Token': 'PLANTED'}",
+        "[(b'X-Amz-Security-Token', b'PLANTED'), (b'Host', b's3')]",
+        "[('Authorization', 'Basic PLANTED')]",
+        "ReadOnlyCredentials(access_key='AK', secret_key='PLANTED', token=\"PLANTED\", account_id=None)",
+        "AccountName=a;AccountKey=PLANTED;EndpointSuffix=core",
     ],
 )
 def test_what_looks_like_a_secret(text: str) -> None:

@@ -24,12 +24,13 @@ from penstock.deploy import exporter as exporter_module
 from penstock.deploy import survey as survey_module
 from penstock.deploy.config import Config, load_config
 from penstock.deploy.exported import GAUGES
-from penstock.deploy.exporter import Exporter, Published, count_space
+from penstock.deploy.exporter import Exporter, Published, count_space, free_space
 from penstock.store.dataset import open_dataset
 from penstock.store.joined import JoinedDataset
-from penstock.store.layout import FORMAT_VERSION, quarantine_key
+from penstock.store.layout import FORMAT_VERSION, MANIFEST, head_key, quarantine_key
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.queue import ChunkQueue, Presence, RunQueue
+from penstock.store.retention import Retention
 from penstock.trainer.config import submit_run
 from services.big import write_big
 from services.command import COMMAND
@@ -124,6 +125,8 @@ def test_all_is_published_while_nobody_works_and_redis_is_down(fleet: Path) -> N
     assert of(samples, "penstock_dataset_blocked") == {urls[0]: 0}
     backlog = {run[:6]: value for run, value in of(samples, "penstock_backlog_chunks").items()}
     assert backlog == {"run-00": 25, "run-01": 20, "run-05": 20, "run-06": 15}
+    # one window of five chunks each
+    assert set(of(samples, "penstock_run_next_head_chunks").values()) == {5}
     ages = of(samples, "penstock_run_head_age_seconds")
     assert {run[:6] for run in ages} == {"run-01", "run-06"}
     assert all(3600 <= age < 3700 for age in ages.values())
@@ -210,7 +213,10 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Unsteady]]:
     Unsteady.away = False
 
 
-def test_a_store_that_is_away_leaves_the_last_look_standing(fleet: Path, stores: list[Unsteady]) -> None:
+def test_a_store_that_is_away_leaves_the_last_look_standing(
+    fleet: Path, stores: list[Unsteady], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter_module, "free_space", lambda config: {})
     watched = Watched(load_config(str(fleet)))
     assert not watched.health.ready
     Unsteady.away = True
@@ -291,6 +297,61 @@ def test_producers_are_wanted_as_soon_as_the_readers_have_moved_on(tmp_path: Pat
     assert not [key for key, _ in store.list("") if key.startswith(("floor/", "detached/"))]
 
 
+def test_readers_that_cannot_be_asked_are_no_reason_to_take_producers_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_manifest([200] * 40, retention="window")
+    config = config_of(tmp_path, retention="window", budget_bytes=10 * manifest.chunk_bytes())
+    url = config.dataset.url
+    write_big(open_store(url), manifest, range(5))
+    settings = config.runs[0].model_copy(update={"datasets": []})
+    submit_run(open_store(config.runs_url), JoinedDataset([open_dataset(url)]), settings, 10)
+    watched = Watched(config)
+    assert of(watched.look(), "penstock_dataset_chunks_wanted") == {url: 5}
+
+    def away(self: Retention) -> None:
+        raise Unavailable("the store of another run does not answer")
+
+    monkeypatch.setattr(Retention, "look", away)
+    samples = watched.look()
+    assert of(samples, "penstock_dataset_chunks_planned") == {url: 40}
+    # absent, not zero
+    assert of(samples, "penstock_dataset_chunks_wanted") == {}
+    assert of(samples, "penstock_dataset_blocked") == {}
+
+
+def test_what_a_newer_version_wrote_hides_nothing_else(tmp_path: Path) -> None:
+    config = load_config(str(write_fleet(tmp_path, runs=10)))
+    runs = open_store(config.runs_url)
+    ids = {name[:6]: name for name in runs.folders("")}
+    for key in (f"{ids['run-00']}/config.json", f"{ids['run-01']}/heads/2.json"):
+        runs.put_guarded(key, runs.get_record(key) | {"format_version": FORMAT_VERSION + 1})
+    other = open_store(config.dataset_urls()[2])
+    other.put_guarded(MANIFEST, other.get_record(MANIFEST) | {"format_version": FORMAT_VERSION + 1})
+    watched = Watched(config)
+    samples = watched.look()
+    assert samples["penstock_exporter_look_success", ()] == 1
+    assert of(samples, "penstock_runs")["unreadable"] == 2
+    assert samples["penstock_runs_pending", ()] == 2
+    assert watched.published.survey is not None
+    survey = watched.published.survey
+    assert "upgrade penstock" in str(survey.runs[ids["run-00"]].reason)
+    assert "upgrade penstock" in str(survey.runs[ids["run-01"]].reason)
+    assert "upgrade penstock" in str(survey.datasets[other.url].problem)
+
+
+def test_how_long_heads_take_is_known_after_a_takeover_and_a_restart(tmp_path: Path) -> None:
+    config = load_config(str(write_fleet(tmp_path, runs=2)))
+    runs = open_store(config.runs_url)
+    (run_id,) = (name for name in runs.folders("") if name.startswith("run-01"))
+    watched = Watched(config)
+    assert of(watched.look(), "penstock_run_head_interval_seconds") == {run_id: 100.0}
+    record = runs.get_record(head_key(run_id, 2)) | {"n": 3, "parent": 2, "kind": "takeover"}
+    runs.create_guarded(head_key(run_id, 3), record | {"time": time.time()})
+    assert of(watched.look(), "penstock_run_head_interval_seconds") == {run_id: 100.0}
+    assert of(Watched(config).look(), "penstock_run_head_interval_seconds") == {run_id: 100.0}
+
+
 def test_a_quarantined_chunk_is_counted_until_it_is_gone(fleet: Path) -> None:
     config = load_config(str(fleet))
     store = open_store(config.dataset.url)
@@ -345,7 +406,6 @@ def test_bytes_below_each_url(fleet: Path) -> None:
     assert set(spaces) == {*config.dataset_urls(), config.runs_url}
     for url, space in spaces.items():
         assert space.used == sum(file.stat().st_size for file in Path(url).rglob("*") if file.is_file())
-        assert space.free
     assert spaces[config.dataset.url].quota == 10**9
     assert spaces[config.runs_url].quota is None
     stopped = threading.Event()
@@ -353,18 +413,43 @@ def test_bytes_below_each_url(fleet: Path) -> None:
     assert count_space(config, stopped)[config.runs_url].used is None
 
 
-def test_bytes_that_cannot_be_counted_do_not_end_it(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, counted = threading.Event(), threading.Event()
+def test_free_space_is_asked_at_every_look_also_while_the_store_is_away(
+    fleet: Path, stores: list[Unsteady], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(str(fleet))
+    assert set(free_space(config)) == {config.workdir, *config.dataset_urls(), config.runs_url}
+    # an S3 server on the same machine fills the same disk
+    dataset = config.dataset.model_copy(update={"url": "s3://bucket/dataset"})
+    on_s3 = config.model_copy(update={"runs_url": "s3://bucket/runs", "dataset": dataset, "runs": []})
+    assert set(free_space(on_s3)) == {config.workdir}
+    left = iter([7 * 10**9, 5 * 10**9, 3 * 10**9])
+    monkeypatch.setattr(exporter_module, "_free", lambda path: next(left) if path == config.runs_url else 0)
+    watched = Watched(config)
+    for expected in (7e9, 5e9):
+        assert of(watched.look(), "penstock_store_free_bytes")[config.runs_url] == expected
+    Unsteady.away = True
+    assert of(watched.look(), "penstock_store_free_bytes")[config.runs_url] == 3e9
+
+
+@pytest.mark.parametrize("error", [Unavailable("no answer"), FileNotFoundError("it was deleted meanwhile")])
+def test_bytes_that_cannot_be_counted_do_not_end_it(
+    fleet: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stop, counted = threading.Event(), threading.Semaphore(0)
+    monkeypatch.setattr(exporter_module, "COUNT_SECONDS", 0.01)
 
     def refuse(config: Config, stop: threading.Event) -> dict[str, Any]:
-        counted.set()
-        raise Unavailable("no answer")
+        counted.release()
+        raise error
 
     monkeypatch.setattr(exporter_module, "count_space", refuse)
     watched = Watched(load_config(str(fleet)))
     thread = threading.Thread(target=watched.exporter.run, args=(stop,))
     thread.start()
-    eventually(lambda: counted.is_set() and watched.health.ready)
+    # it is tried again
+    assert counted.acquire(timeout=30)
+    assert counted.acquire(timeout=30)
+    eventually(lambda: watched.health.ready)
     stop.set()
     thread.join()
     assert watched.published.succeeded

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from penstock.store.layout import head_key
 from penstock.store.queue import ChunkQueue, Presence, RunQueue
 from services.command import COMMAND, penstock
 from services.fleet import CHUNKS, COMMITTED, write_fleet
+from services.valkey import valkey_server
 from services.waiting import eventually
 
 
@@ -121,6 +123,23 @@ def test_who_holds_what_and_who_waits_for_what(up: Config, client: Client) -> No
     assert record["datasets"][url]["wanted"] == 15 + 1
     assert record["runs"][held]["holder"] == "trainer-a"
     assert record["workers"].keys() == {"trainer-a", "producer-b"}
+
+
+def test_redis_that_hangs_holds_it_up_for_a_moment_only(fleet: Path, no_redis: None) -> None:
+    with valkey_server() as server:
+        config = load_config(str(fleet))
+        redis = config.redis.model_copy(update={"url": server.url})
+        os.kill(server.server_pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            found = survey(config.model_copy(update={"redis": redis}))
+            seconds = time.monotonic() - started
+        finally:
+            os.kill(server.server_pid, signal.SIGCONT)
+    assert found.crew is None
+    assert "Timeout" in str(found.redis_error)
+    assert len(found.runs) == 50
+    assert seconds < 8  # one attempt at a worker's patience takes 10
 
 
 def test_a_rate_is_that_of_the_last_head_or_of_what_was_seen(

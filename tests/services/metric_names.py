@@ -7,8 +7,8 @@ from prometheus_client.core import Metric
 from penstock.common.metrics import REGISTRY
 from penstock.deploy.exported import GAUGES
 
-SCRAPED = {"job", "instance"}
-"""What Prometheus adds to every series."""
+SCRAPED = {"job", "instance", "namespace"}
+"""What Prometheus adds to every series; `namespace` on Kubernetes only."""
 PROMETHEUS = {"up": set[str](), "ALERTS": {"alertname", "alertstate", "severity", "run"}}
 """Series that Prometheus makes itself."""
 

@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from penstock.common.errors import ConfigError, DamagedObject, DataError, ObjectMissing, RunFailed
+from penstock.common.errors import (
+    ConfigError,
+    DamagedObject,
+    DataError,
+    ObjectMissing,
+    OtherFormat,
+    RunFailed,
+)
 from penstock.store.dataset import Dataset
-from penstock.store.layout import ARRAYS, config_key, head_key
+from penstock.store.layout import ARRAYS, FORMAT_VERSION, config_key, head_key
 from penstock.trainer import mending, worker
 from penstock.trainer.config import RunConfig
 from penstock.trainer.lineage import take_over
@@ -91,6 +98,16 @@ class TestOtherRunsGoOn:
         key = config_key(bad.run_id)
         bench.runs.put(key, bench.runs.get(key)[:-5])
         with pytest.raises(DamagedObject, match=r"config\.json"):
+            bench.work()
+        assert bench.head(good).status == "done"
+
+    @pytest.mark.parametrize("what", ["config", "head"])
+    def test_when_a_newer_version_wrote_it(self, bench: Bench, dataset: Dataset, what: str) -> None:
+        bad = begun_elsewhere(bench, dataset, "bad") if what == "head" else bench.submit(dataset, name="bad")
+        good = bench.submit(dataset, name="good")
+        key = config_key(bad.run_id) if what == "config" else head_key(bad.run_id, 1)
+        bench.runs.put_guarded(key, bench.runs.get_record(key) | {"format_version": FORMAT_VERSION + 1})
+        with pytest.raises(OtherFormat, match="upgrade penstock"):
             bench.work()
         assert bench.head(good).status == "done"
 
