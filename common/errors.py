@@ -5,7 +5,8 @@
     │   ├── ConfigError     a setting, named by its path
     │   ├── PlanMismatch    a URL already holds something made to another plan
     │   ├── ModelError      a language model or hook point
-    │   └── StoreError      an object store that cannot be used as it is
+    │   ├── StoreError      an object store that cannot be used as it is
+    │   └── OtherFormat     a record of a format version that this version does not read
     ├── Unavailable         a service did not answer after bounded retries       (exit code 2)
     ├── DataError           stored bytes are not what their record says          (exit code 1)
     │   ├── ObjectMissing

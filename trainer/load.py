@@ -5,6 +5,7 @@ import torch
 
 from penstock.common.errors import ObjectMissing, UserError, nearest
 from penstock.store.heads import Head, newest_head
+from penstock.store.layout import config_key, copy_key
 from penstock.store.objects import ObjectStore, open_store
 from penstock.trainer.config import RunConfig, load_run_config
 from penstock.trainer.exchange.read import load_saelens
@@ -26,8 +27,8 @@ def load_sae(run_url: str, name: str) -> SAE:
         scale is folded into its weights; rows of W_dec have norm 1/scale.
 
     Raises:
-        UserError: the run has no such SAE or no checkpoint yet.
-        ObjectMissing, DamagedObject: no such run, or it is damaged.
+        UserError: there is no such run, or it has no such SAE or no checkpoint yet.
+        ObjectMissing, DamagedObject: it is damaged.
     """
     runs, run_id = split_run_url(run_url)
     config = load_run_config(runs, run_id)
@@ -67,10 +68,13 @@ def split_run_url(run_url: str) -> tuple[ObjectStore, str]:
     """The runs store and run id of `<runs url>/<run id>`.
 
     Raises:
-        ObjectMissing: no run is there.
+        UserError: no run is there.
+        ObjectMissing: its config is gone; a copy of it is there.
     """
     base, _, run_id = run_url.rstrip("/").rpartition("/")
     runs = open_store(base or ".")
-    if not run_id or not runs.exists(f"{run_id}/config.json"):
-        raise ObjectMissing(f"{run_url} is not a run: it has no config.json")
+    if not run_id or not runs.exists(config_key(run_id)):
+        if run_id and runs.exists(copy_key(config_key(run_id))):
+            raise ObjectMissing(f"{run_url} has lost its config.json")
+        raise UserError(f"{run_url} is not a run: it has no config.json; check the URL")
     return runs, run_id

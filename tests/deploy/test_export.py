@@ -44,8 +44,9 @@ def test_one_sae_in_another_format(run_url: Path, tmp_path: Path) -> None:
 
 def test_export_of_what_is_no_run(tmp_path: Path) -> None:
     result = penstock("export", tmp_path / "nothing", "--format", "sparsify", "--out", tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "nothing is not a run" in result.stderr
+    assert "repair" not in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

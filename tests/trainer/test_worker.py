@@ -294,8 +294,12 @@ class TestLoading:
         url = f"{bench.runs.url}/{config.run_id}"
         with pytest.raises(UserError, match="has no checkpoint yet"):
             load_sae(url, "topk")
-        with pytest.raises(ObjectMissing, match="is not a run"):
+        with pytest.raises(UserError, match="is not a run"):
             load_sae(f"{bench.runs.url}/none", "topk")
+        # a copy of its config is left: this is damage, which repair puts right
+        bench.runs.put("lost/config.copy", b"")
+        with pytest.raises(ObjectMissing, match="lost its config"):
+            load_sae(f"{bench.runs.url}/lost", "topk")
         bench.work()
         with pytest.raises(UserError, match=r"has no SAE 'topkk'. Did you mean topk\? It has topk, l1\."):
             load_sae(url, "topkk")
