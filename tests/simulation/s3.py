@@ -145,6 +145,7 @@ class _FileSystem:
     def __init__(self, memory: MemoryS3) -> None:
         self.retries = 1
         self.s3 = SimpleNamespace(meta=SimpleNamespace(endpoint_url=ENDPOINT))
+        self.loop = SimpleNamespace(set_exception_handler=lambda handler: None)
         self._memory = memory
         self._scheduler = memory.scheduler
 
