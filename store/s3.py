@@ -51,6 +51,13 @@ def _descriptions() -> object:
     return aiobotocore.session.AioSession().get_component("data_loader")
 
 
+def _session() -> aiobotocore.session.AioSession:
+    """A session of its own for each store: it keeps the credentials that it once found."""
+    session = aiobotocore.session.AioSession()
+    session.register_component("data_loader", _descriptions())
+    return session
+
+
 def _left_behind(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A task of a failed request ended with an error: the request itself told whoever asked."""
     if isinstance(context.get("exception"), (aiohttp.ClientError, OSError)):
@@ -81,10 +88,8 @@ class S3Store(ObjectStore):
         self._bucket = parts.netloc
         self._prefix = f"{path}/" if (path := parts.path.strip("/")) else ""
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
-        session = aiobotocore.session.AioSession()
-        session.register_component("data_loader", _descriptions())
         self._s3 = s3fs.S3FileSystem(
-            session=session,
+            session=_session(),
             # A cached instance would keep the endpoint and credentials of an earlier environment.
             skip_instance_cache=True,
             # A cached listing hides what other processes wrote.

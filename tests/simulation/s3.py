@@ -84,11 +84,13 @@ class MemoryS3:
     def store(self, url: str) -> S3Store:
         """A store at an `s3://` URL. Whoever calls it is whose requests these are."""
         module: Any = store_module
-        before, module.s3fs = module.s3fs, SimpleNamespace(S3FileSystem=lambda **options: self._file_system)
+        before = module.s3fs, module._session
+        module.s3fs = SimpleNamespace(S3FileSystem=lambda **options: self._file_system)
+        module._session = lambda: None
         try:
             store = _Store(url)
         finally:
-            module.s3fs = before
+            module.s3fs, module._session = before
         # the class took time.sleep before anybody could replace it
         store._sleep = self.scheduler.sleep
         return store
