@@ -80,7 +80,7 @@ def _example(example: dict[str, Any], largest: float) -> dict[str, Any]:
             "text": visible(text),
             "heat": f"{100 * min(1.0, (activation or 0.0) / largest):.0f}%",
             "told": "no row" if activation is None else number(activation),
-            "at": place == example["at"],
+            "kind": "at" if place == example["at"] else "absent" if activation is None else "t",
         }
         for place, (text, activation) in enumerate(zip(example["texts"], example["activations"], strict=True))
     ]

@@ -106,12 +106,15 @@ def _tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Held-out sequences", count(text["sequences"]), f"of {text['context']:,} tokens"),
         ("Trained at", count(subject["trained_context"]), "tokens per sequence"),
     ]
-    for field, label, better in (("ce_recovered", "CE recovered", max), ("kl", "KL", min)):
+    for field, label, rank in (
+        ("ce_recovered", "CE recovered", "highest"),
+        ("kl", "KL", "lowest"),
+    ):
         known = {name: one[field] for name, one in judged.items() if one[field] is not None}
         if known:
-            best = better(known, key=lambda name: known[name])
+            best = (max if rank == "highest" else min)(known, key=lambda name: known[name])
             l0 = number(judged[best]["l0"])
-            tiles.append((label, number(known[best]), f"best: {best}, L0 {l0}"))
+            tiles.append((label, number(known[best]), f"{rank}: {best}, L0 {l0}"))
     if judged:
         clean = next(iter(judged.values()))["ce_clean"]
         tiles.append(("CE of the model", number(clean), "nats per token, nothing replaced"))
