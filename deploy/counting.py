@@ -52,23 +52,23 @@ class Counting:
         if self._live is None:
             self._tell(what)
         else:
-            self._live.update(what)
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        if self._live is None:
-            self._tell(line)
-        else:
-            self._live.console.print(line, markup=False, highlight=False)
+            self._show(what)
 
     def __call__(self, done: int, total: int) -> None:
         """So much of it is done."""
         now = self._clock()
         if self._live is not None:
-            self._live.update(self._line(done, total, now - self._began))
+            self._show(self._line(done, total, now - self._began))
         elif now - self._said >= LINE_SECONDS:
             self._said = now
             self._tell(self._line(done, total, now - self._began))
+
+    def _show(self, line: str) -> None:
+        from rich.text import Text
+
+        assert self._live is not None
+        # a name in brackets is no markup
+        self._live.update(Text(line))
 
     def _line(self, done: int, total: int, seconds: float) -> str:
         rate = done / seconds if seconds > 0 else 0.0

@@ -223,7 +223,7 @@ def _check_weights(files: "ModelFiles", run: "RunConfig") -> None:
 
 def _check_names(settings: EvaluationSettings, config: Config, run: "RunConfig") -> None:
     """Features are asked for of SAEs that there are: in this run, or in another one of the config."""
-    known = [sae.name for one in (run.settings, *config.runs) for sae in one.saes]
+    known = dict.fromkeys(sae.name for one in (run.settings, *config.runs) for sae in one.saes)
     for name in settings.contexts.features:
         if name not in known:
             raise ConfigError(

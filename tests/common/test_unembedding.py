@@ -26,11 +26,12 @@ def test_a_stream_of_nothing_else_has_these_logits() -> None:
     model, d = shipped_model(), 1000 * directions(192)[:1]
     last = "blocks.5.hook_resid_post"
     tokens = torch.tensor([[0, 17, 23]])
-    logits, negated = (
-        model.logits(tokens, {last: lambda acts, v=v: v.expand_as(acts)})[0, -1] for v in (d, -d)
-    )
+
+    def said(value: torch.Tensor) -> torch.Tensor:
+        return model.logits(tokens, {last: lambda acts: value.expand_as(acts)})[0, -1].float()
+
     # the bias of the normalisation is the same in both
-    half = (logits - negated).float() / 2
+    half = (said(d) - said(-d)) / 2
     found = model.direct_logits(d, last)
     assert found is not None
     torch.testing.assert_close(found[0] / d.std(correction=0), half - half.mean(), rtol=1e-3, atol=1e-3)

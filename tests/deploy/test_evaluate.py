@@ -10,15 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from penstock.common.errors import ConfigError, ModelError, UserError
+from penstock.common.model import language_model
+from penstock.common.model.files import ModelFiles
 from penstock.deploy.config import Config, load_config
 from penstock.deploy.counting import Counting
 from penstock.deploy.judge import Judged, judge
+from penstock.deploy.processes import build_corpus
+from penstock.producer.text import is_held_out
+from penstock.store.corpus import HELD_OUT, corpus_arrays, open_corpus
 from penstock.store.dataset import open_dataset
 from penstock.trainer.judging import experiments
-from services.command import assert_one_clear_line, penstock, start
+from services.command import called, penstock, start
+from services.lm import shipped_model
 from services.waiting import eventually
 
 Counts = dict[str, int]
@@ -42,7 +49,12 @@ def run_url(small_run: Path) -> str:
 
 
 @pytest.fixture
-def evaluate(config: Config, run_url: str, tmp_path: Path) -> Callable[..., Judged]:
+def evaluate(
+    config: Config, run_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Judged]:
+    """An evaluation in this process, whose language model is loaded once for all of them."""
+    monkeypatch.setattr(language_model, "LanguageModel", lambda files, settings: shipped_model())
+
     def call(*only: str, out: str | None = None, config: Config = config, **changes: Any) -> Judged:
         counting = Counting(lambda line: None)
         return judge(config, run_url, out or str(tmp_path / "out"), only, changes, counting)
@@ -119,8 +131,6 @@ def test_examples_are_text_of_the_corpus(
 ) -> None:
     """What stands around a stored row is what the corpus has there."""
     found = evaluate("contexts").evaluation["experiments"]["contexts"]["resid-topk"]
-    from penstock.store.corpus import open_corpus
-
     corpus = open_corpus(config.corpus.url)
     first = open_dataset(str(small_run / "dataset")).manifest.corpus.first_sequence
     for example in (e for feature in found["features"] for e in feature["examples"]):
@@ -186,23 +196,13 @@ def test_a_longer_context_is_packed_anew_and_warned_of(
     ]
     assert found["warnings"][0] in caplog.text
     assert found["warnings"][0] in (tmp_path / "out" / "evaluation.html").read_text()
-    from penstock.store.corpus import open_corpus
-
     (packed,) = (tmp_path / "out").glob("corpus-256-*")
     longer, own = open_corpus(str(packed)), open_corpus(config.corpus.url)
     assert longer.manifest.held_out_rule == own.manifest.held_out_rule
-    # documents that are held out there, and those that are held out here, are the same kind
-    trained = own.documents()
     documents = longer.documents()
-    import numpy as np
-
-    from penstock.producer.text import is_held_out
-    from penstock.store.corpus import HELD_OUT, corpus_arrays
-
     spec = next(s for s in corpus_arrays(longer.manifest) if s.path == f"{HELD_OUT}/document")
     judged = np.unique(longer.block(spec, 0)[: text["sequences"]])
     assert all(is_held_out(documents[i]) for i in judged if i >= 0)
-    assert trained
     # the same call again packs nothing and measures nothing
     evaluate("overview", context=256)
     assert counts == {BASE[0]: 1}
@@ -222,8 +222,6 @@ def test_another_text_is_warned_of(config: Config, evaluate: Callable[..., Judge
         }
     )
     other = config.model_copy(update={"corpus": corpus})
-    from penstock.deploy.processes import build_corpus
-
     build_corpus(other, lambda done, wanted: None)
     found = evaluate("overview", config=other).evaluation
     told = [line.split(":")[0] for line in found["warnings"]]
@@ -248,18 +246,15 @@ def test_what_does_not_fit_is_refused(
 def test_another_model_is_refused(
     evaluate: Callable[..., Judged], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from penstock.common.model.files import ModelFiles
-
     monkeypatch.setattr(ModelFiles, "weights_sha256", lambda files: "0" * 64)
     with pytest.raises(ModelError, match=r"model\.name: the weights of .* differ"):
         evaluate()
 
 
-def test_the_command_says_one_line(small_run: Path, run_url: str, tmp_path: Path) -> None:
-    result = penstock(
-        "evaluate", small_run.parent / "config.yaml", run_url, "--only", "contxts", "--out", tmp_path
-    )
-    assert_one_clear_line(result, "--only", "Did you mean contexts?")
+def test_the_command_says_one_line(small_run: Path, run_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("evaluate", str(small_run.parent / "config.yaml"), run_url, "--only", "contxts") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --only: there is no experiment 'contxts'. Did you mean contexts?")
 
 
 def test_progress_tells_the_rate_and_the_time_left() -> None:

@@ -4,10 +4,11 @@ Rows are those stored for training, some chunks of them; where chunks are delete
 held-out text is run through the model instead. Rows of special tokens do not count.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def _measure(
     }
 
 
-def _encoded(one: Dictionary, acts: Tensor) -> Any:
+def _encoded(one: Dictionary, acts: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first row, feature activations) of rows, as many at a time as fit."""
     at_once = max(1, _ACTS_AT_ONCE // max(1, one.module.d_sae))
     with torch.no_grad():
@@ -160,11 +161,9 @@ def _examples(
             [part[:, columns].cpu() for _, part in _encoded(one, piece.acts[torch.from_numpy(needed)])]
         ).numpy()
         for (feature, rank, row), (span, at) in zip(by_piece[number], spans, strict=True):
-            column = features.index(feature)
-            there = {int(r): float(acts[i, column]) for i, r in enumerate(needed)}
-            found[feature][rank] = _example(
-                piece, row, span, at, float(activity.values[feature, rank]), there, tokenizer
-            )
+            around = acts[np.searchsorted(needed, span).clip(max=len(needed) - 1), features.index(feature)]
+            value = float(activity.values[feature, rank])
+            found[feature][rank] = _example(piece, row, span, at, value, around, tokenizer)
         progress(len(numbers) + numbers.index(number) + 1, 2 * len(numbers))
     progress(2 * len(numbers), 2 * len(numbers))
     return {feature: [ranked[rank] for rank in sorted(ranked)] for feature, ranked in found.items()}
@@ -173,12 +172,13 @@ def _examples(
 def _example(
     piece: Piece,
     row: int,
-    span: Any,
+    span: npt.NDArray[np.int64],
     at: int,
     value: float,
-    there: dict[int, float],
+    around: npt.NDArray[np.float32],
     tokenizer: LoadedTokenizer,
 ) -> dict[str, Any]:
+    """`around`: how active the feature is on each row of the span."""
     ids = [None if r == ABSENT else int(piece.tokens[r]) for r in span]
     return {
         "activation": value,
@@ -187,7 +187,9 @@ def _example(
         "at": at,
         "tokens": ids,
         "texts": [SPECIAL if number is None else token_text(tokenizer, number) for number in ids],
-        "activations": [None if r == ABSENT else max(0.0, there[int(r)]) for r in span],
+        "activations": [
+            None if r == ABSENT else max(0.0, float(value)) for r, value in zip(span, around, strict=True)
+        ],
     }
 
 

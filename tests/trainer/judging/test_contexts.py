@@ -50,7 +50,7 @@ def record(subject: Subject, data: JoinedDataset) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def encoded(subject: Subject, data: JoinedDataset) -> dict[tuple[int, int], torch.Tensor]:
     """(sequence, position) -> feature activations, of all rows."""
-    found = {}
+    found: dict[tuple[int, int], torch.Tensor] = {}
     for number in range(len(ROWS)):
         chunk = data.read_chunk(number, [HOOK])
         rows = torch.from_numpy(chunk.acts[HOOK].astype(np.float32))
