@@ -210,6 +210,37 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
 
 @cli.command()
 @CONFIG
+@click.argument("run_url")
+@WORKDIR
+@click.option("--out", help="Directory for the results; by default evaluation/RUN_ID below the workdir.")
+@click.option(
+    "--only", multiple=True, metavar="NAME", help="One experiment; may be repeated. All by default."
+)
+@click.option("--sequences", type=click.IntRange(1), help="Overrides evaluation.judged_sequences.")
+@click.option("--context", type=click.IntRange(2), help="Overrides evaluation.context.")
+def evaluate(
+    config: str,
+    run_url: str,
+    workdir: str | None,
+    out: str | None,
+    only: tuple[str, ...],
+    sequences: int | None,
+    context: int | None,
+) -> None:
+    """Judge a run's dictionaries inside the language model: evaluation.html, JSON and CSV. Again: resume."""
+    from penstock.deploy.counting import Counting
+    from penstock.deploy.judge import judge
+
+    given = {"judged_sequences": sequences, "context": context}
+    changes = {name: value for name, value in given.items() if value is not None}
+    with Counting(_tell) as counting:
+        done = judge(_load(config, workdir), run_url, out, list(only), changes, counting)
+    for line in done.lines():
+        _result(line)
+
+
+@cli.command()
+@CONFIG
 @WORKDIR
 def sweep(config: str, workdir: str | None) -> None:
     """Run a config, as `run` does, and compare all its dictionaries: sweep.html, CSV files, a summary."""

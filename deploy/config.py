@@ -14,6 +14,7 @@ from penstock.producer.corpus import CorpusSettings
 from penstock.producer.plan import DatasetSettings
 from penstock.producer.toy import ToySettings
 from penstock.trainer.config import RunSettings
+from penstock.trainer.judging.settings import JudgingSettings
 
 S = TypeVar("S", bound=Settings)
 
@@ -36,11 +37,11 @@ class MetricsSettings(Settings):
     """TCP port; 0 takes a free one (shown in the log and by status), −1 serves nothing."""
 
 
-class EvaluationSettings(Settings):
-    """The evaluation that ends a run."""
+class EvaluationSettings(JudgingSettings):
+    """The evaluation that ends a run (`sequences`), and `penstock evaluate` (all the others)."""
 
     sequences: int = Field(64, ge=1)
-    """Held-out sequences used."""
+    """Held-out sequences used for the report that ends a run."""
 
 
 class Config(Settings):

@@ -20,6 +20,7 @@ from penstock.common.errors import ModelError, nearest
 from penstock.common.memory import free_bytes
 from penstock.common.model.files import ModelFiles, ModelSettings
 from penstock.common.model.taps import See, TappedModel
+from penstock.common.model.unembedding import direct_logits
 
 CaptureWay = Literal["modules", "bridge"]
 
@@ -150,6 +151,14 @@ class LanguageModel:
         if not isinstance(output, Tensor):
             raise ModelError(f"{self.files.name} gives no logits")
         return output
+
+    def direct_logits(self, directions: Tensor, hook_name: str) -> Tensor | None:
+        """What directions [n, D] at a hook point do to logits directly, [n, V]; see `unembedding.py`.
+
+        Returns:
+            None where there is no such path.
+        """
+        return direct_logits(self._bridge, directions.to(self.device), hook_name)
 
     def _run(
         self,
