@@ -43,7 +43,7 @@ def divergence(clean: Tensor, spliced: Tensor) -> Tensor:
 def _blocks(values: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
     """Values [B, positions, …] by positions, few enough that float64 copies of logits [B, C, V] stay small."""
     sequences, _, vocabulary = logits.shape
-    return values.split(max(1, BLOCK_VALUES // (sequences * vocabulary)), 1)
+    return torch.split(values, max(1, BLOCK_VALUES // (sequences * vocabulary)), 1)
 
 
 @dataclass
