@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-
 BLOCK_VALUES = 1 << 22
 """Logits of one pass that are looked at in float64 at once."""
 
@@ -41,7 +40,7 @@ def divergence(clean: Tensor, spliced: Tensor) -> Tensor:
 
 
 def _blocks(values: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
-    """Values [B, positions, …] by positions, few enough that float64 copies of logits [B, C, V] stay small."""
+    """Values [B, positions, …] by positions, so few that float64 copies of logits [B, C, V] stay small."""
     sequences, _, vocabulary = logits.shape
     return torch.split(values, max(1, BLOCK_VALUES // (sequences * vocabulary)), 1)
 

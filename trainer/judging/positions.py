@@ -1,4 +1,4 @@
-"""What a dictionary breaks at each position of a sequence, within the context it was trained on and beyond it.
+"""What a dictionary breaks at each position, within the context it was trained on and beyond it.
 
 Every hook point that a dictionary replaces is replaced by itself in a pass of its own over the same tokens.
 What dictionaries compute is measured on the clean stream. Positions count from 0; rows of special tokens are
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from penstock.trainer.evaluate import density
 from penstock.trainer.judging.dictionaries import Constant, Dictionary, Identity
+from penstock.trainer.judging.grid import on_grid, padded
 from penstock.trainer.judging.measures import cross_entropy, divergence
 from penstock.trainer.judging.positions_figures import show as show
 from penstock.trainer.judging.ratios import Ratio
@@ -49,8 +50,8 @@ def measure(subject: Subject, progress: Progress = lambda done, total: None) -> 
 
     Returns:
         A record of finite numbers and nulls: `ce_clean`; per replaced hook point in `sites` the ablations by
-        `zero` and `mean`; per hook point in `controls` what an identity does, and how far a zero dictionary is
-        from ablation by hand; per dictionary in `dictionaries` every metric above and a density histogram.
+        `zero` and `mean`; per hook point in `controls` what an identity does, and how far a zero dictionary
+        is from ablation by hand; per dictionary in `dictionaries` every metric above and a density histogram.
     """
     places = list(dict.fromkeys(one.hook_out for one in subject.dictionaries))
     passes = 2 + 2 * len(places) + len(subject.dictionaries)
@@ -106,13 +107,13 @@ class _Arm:
         self, ce: Tensor, kl: Tensor, clean: Tensor, ablated: dict[str, Tensor], batch: Batch
     ) -> None:
         """Add cross-entropies [B, C − 1] of this arm, the clean one and the ablations, and kl [B, C]."""
-        predicts = _padded(batch.predicts)
-        self.metrics["ce"].add(_padded(ce), None, predicts)
-        self.metrics["delta_ce"].add(_padded(ce - clean), None, predicts)
+        predicts = padded(batch.predicts)
+        self.metrics["ce"].add(padded(ce), None, predicts)
+        self.metrics["delta_ce"].add(padded(ce - clean), None, predicts)
         self.metrics["kl"].add(kl, None, batch.keep)
         for name, other in ablated.items():
             recovered = self.metrics[f"ce_recovered_{name}"]
-            recovered.add(_padded(other - ce), _padded(other - clean), predicts)
+            recovered.add(padded(other - ce), padded(other - clean), predicts)
 
     def record(self) -> dict[str, Any]:
         found = {name: metric.record() for name, metric in self.metrics.items()}
@@ -142,7 +143,7 @@ class _Tally:
         hooks = self.subject.hook_names()
         clean = forward(model, batch.tokens, keep, watch=hooks)
         clean_ce = cross_entropy(clean.logits, batch.tokens)
-        self.clean.add(_padded(clean_ce), None, _padded(batch.predicts))
+        self.clean.add(padded(clean_ce), None, padded(batch.predicts))
         rows = {hook: acts[keep.to(acts.device)] for hook, acts in clean.seen.items()}
 
         def losses(one: Dictionary) -> tuple[Tensor, Tensor]:
@@ -175,16 +176,16 @@ class _Tally:
         mask = keep.to(model.device)[..., None]
         by_hand = model.logits(batch.tokens, {place: lambda acts: acts.masked_fill(mask, 0.0)}).float()
         zero_ce, zero_kl = cross_entropy(by_hand, batch.tokens), divergence(clean, by_hand)
-        predicts = _padded(batch.predicts)
+        predicts = padded(batch.predicts)
         return {
             "sequences": len(batch.tokens),
             "identity": {
-                "delta_ce": _largest(_padded(moved), predicts),
+                "delta_ce": _largest(padded(moved), predicts),
                 "kl": _largest(divergence(clean, spliced), keep),
                 "squared_error": _largest(on_grid(residual, keep), keep),
             },
             "zero_against_ablation": {
-                "ce": _largest(_padded(zero[0] - zero_ce), predicts),
+                "ce": _largest(padded(zero[0] - zero_ce), predicts),
                 "kl": _largest(zero[1] - zero_kl, keep),
             },
         }
@@ -216,18 +217,6 @@ class _Tally:
                 for arm in self.arms
             ],
         }
-
-
-def on_grid(values: Tensor, keep: Tensor) -> Tensor:
-    """Values [N] of the kept rows where they belong: [B, C] float64 on the CPU, 0 elsewhere."""
-    grid = torch.zeros(keep.shape, dtype=torch.float64)
-    grid[keep] = values.double().cpu()
-    return grid
-
-
-def _padded(predictions: Tensor) -> Tensor:
-    """[B, C − 1] -> [B, C]: the last position predicts nothing."""
-    return torch.nn.functional.pad(predictions, (0, 1))
 
 
 def _largest(values: Tensor, keep: Tensor) -> list[float | None]:

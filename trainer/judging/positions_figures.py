@@ -30,7 +30,7 @@ EXPLODES = 2.0
 
 
 def show(record: dict[str, Any]) -> list[Shown]:
-    """Overall figures, each metric by position, within and beyond the trained context, densities, controls."""
+    """Figures overall, by position, within the trained context and beyond it; densities and controls."""
     return [
         _overall(record),
         _errors(record),
@@ -62,9 +62,9 @@ def _overall(record: dict[str, Any]) -> Shown:
             ]
         )
     note = (
-        f"{record['sequences']} sequences of {record['context']} tokens, {sum(record['rows'])} rows that are not "
-        "special tokens. Quantities of dictionaries are of the clean stream; μ of the mean ablation is taken over "
-        "all rows of the same text."
+        f"{record['sequences']} sequences of {record['context']} tokens, {sum(record['rows'])} rows that are "
+        "not special tokens. Quantities of dictionaries are of the clean stream; μ of the mean ablation is "
+        "taken over all rows of the same text."
     )
     return Shown("positions-overall", "Over all positions", note, columns, rows)
 
@@ -90,7 +90,7 @@ def _by_position(record: dict[str, Any], metric: str, title: str, note: str) -> 
         lines = [Line(one["name"], values["mean"], values["error"]) for one, values in found]
         told = "; ".join(f"{one['name']}: {_told(_mean(one['metrics'], metric))}" for one in some)
         svg = _drawn(record, f"positions {metric}{end}", f"{title} by position. Overall {told}", lines)
-        rows = [
+        rows: list[list[object]] = [
             [one["name"], place(one), one["l0"], position, *_band(mean, error)]
             for one, values in found
             for position, (mean, error) in enumerate(zip(values["mean"], values["error"], strict=True))
@@ -113,7 +113,7 @@ def _model_alone(record: dict[str, Any]) -> Shown:
     mean = record["ce_clean"]["overall"]["mean"]
     svg = _drawn(record, "positions clean", f"Clean cross-entropy by position. Overall {_told(mean)}", [line])
     pairs = enumerate(zip(values["mean"], values["error"], strict=True))
-    rows = [[position, *_band(*pair)] for position, pair in pairs]
+    rows: list[list[object]] = [[position, *_band(*pair)] for position, pair in pairs]
     columns = ["position", "mean", "standard error", "low", "high"]
     note = f"Cross-entropy of the model with nothing replaced, nats per token. {_marked(record)}"
     return Shown("positions-clean", "The model alone by position", note, columns, rows, svg)
@@ -134,8 +134,8 @@ def _beyond(record: dict[str, Any]) -> Iterator[Shown]:
                 exploded.append(f"{name} of {one['name']}")
     said = f"What explodes: {', '.join(exploded)}." if exploded else "Nothing explodes."
     note = (
-        f"Positions {record['trained_context']} to {record['context'] - 1} against those below, with 95 % bands "
-        f"of the ratio. A metric explodes if all of its band is above {EXPLODES:g}. {said}"
+        f"Positions {record['trained_context']} to {record['context'] - 1} against those below, with 95 % "
+        f"bands of the ratio. A metric explodes if all of its band is above {EXPLODES:g}. {said}"
     )
     columns = [
         *("dictionary", "hook point", "l0", "metric", "within", "beyond"),
@@ -182,8 +182,8 @@ def _controls(record: dict[str, Any]) -> Shown:
         for metric, values in controls[control].items()
     ]
     note = (
-        "Largest size at any position of the first batch. An identity changes nothing; a dictionary of zeros does "
-        "what replacing the activations by zeros does: 0 but for rounding"
+        "Largest size at any position of the first batch. An identity changes nothing; a dictionary of zeros "
+        "does what replacing the activations by zeros does: 0 but for rounding"
     )
     columns = ["hook point", "control", "metric", "largest difference"]
     return Shown("positions-controls", "Controls", note, columns, rows)
