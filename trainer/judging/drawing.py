@@ -45,10 +45,17 @@ class Line:
         return [(p, mean, BAND * (error or 0.0)) for p, (mean, error) in pairs if mean is not None]
 
 
-def by_position(salt: str, alt: str, lines: Sequence[Line], trained_context: int, context: int) -> Markup:
+def by_position(
+    salt: str,
+    alt: str,
+    lines: Sequence[Line],
+    trained_context: int,
+    context: int,
+    view: tuple[float, float] = (-math.inf, math.inf),
+) -> Markup:
     """A line with its 95 % band per dictionary, each named at its end; where training ended is marked.
 
-    The scale is logarithmic where values differ much and are above 0.
+    The scale is logarithmic where values differ much and are above 0. The view never goes beyond `view`.
     """
     shown = [(color, line, line.points()) for color, line in enumerate(lines)]
     shown = [entry for entry in shown if entry[2]]
@@ -60,17 +67,18 @@ def by_position(salt: str, alt: str, lines: Sequence[Line], trained_context: int
     def paint(ax: "Axes") -> None:
         for color, _, points in shown:
             x, y, half = (list(part) for part in zip(*points, strict=True))
-            low = [max(a - h, 0.5 * a) if log_y else a - h for a, h in zip(y, half, strict=True)]
-            high = [a + h for a, h in zip(y, half, strict=True)]
-            ax.fill_between(x, low, high, color=series_color(color), alpha=0.2, linewidth=0)
+            below = [max(a - h, 0.5 * a) if log_y else a - h for a, h in zip(y, half, strict=True)]
+            above = [a + h for a, h in zip(y, half, strict=True)]
+            ax.fill_between(x, below, above, color=series_color(color), alpha=0.2, linewidth=0)
             ax.plot(x, y, color=series_color(color), linewidth=1.3)
         ax.set_xlim(0, context * (1 + _ROOM))
         if log_y:
             ax.set_yscale("log")
             log_view(ax.yaxis, min(values), max(values))
         else:
-            margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 1.0
-            ax.set_ylim(min(values) - margin, max(values) + margin)
+            low, high = (min(max(value, view[0]), view[1]) for value in (min(values), max(values)))
+            margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+            ax.set_ylim(low - margin, high + margin)
         ax.set_xticks(_ticks(context))
         if trained_context < context:
             # between the last position that was trained on and the first that was not
@@ -87,6 +95,7 @@ def _name(ax: "Axes", ends: list[tuple[int, str, float]], context: int) -> None:
     to_axes = ax.transData + ax.transAxes.inverted()
     height = HEIGHT - TOP - BOTTOM
     gap = 11.0 / height
+    ends = [(color, name, min(max(y, ax.get_ylim()[0]), ax.get_ylim()[1])) for color, name, y in ends]
     wanted = sorted((float(to_axes.transform((0.0, y))[1]), color, name) for color, name, y in ends)
     places: list[float] = []
     for y, _, _ in wanted:

@@ -1,5 +1,6 @@
 """What is shown of metrics by position (`positions.py`)."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,12 @@ METRICS = (
     ("ce_recovered_zero", "CE recovered, zeros", "1 is the model itself, 0 is zeros for the activations"),
     ("ce_recovered_mean", "CE recovered, mean", "1 is the model itself, 0 is the mean for the activations"),
 )
+VIEWS = {
+    "explained_variance": (-0.5, 1.0),
+    "ce_recovered_zero": (-0.5, 1.5),
+    "ce_recovered_mean": (-0.5, 1.5),
+}
+"""Beyond these, metrics are not drawn: a denominator near 0 at some position would flatten all the others."""
 COMPARED = ("l0", "l1", "squared_error", "norm", "unexplained", "delta_ce", "kl")
 EXPLODES = 2.0
 """Beyond the trained context, times what it is within, from which on a metric is said to explode."""
@@ -89,7 +96,9 @@ def _by_position(record: dict[str, Any], metric: str, title: str, note: str) -> 
         end = f"-{number + 1}" if len(dictionaries) > PER_FIGURE else ""
         lines = [Line(one["name"], values["mean"], values["error"]) for one, values in found]
         told = "; ".join(f"{one['name']}: {_told(_mean(one['metrics'], metric))}" for one in some)
-        svg = _drawn(record, f"positions {metric}{end}", f"{title} by position. Overall {told}", lines)
+        svg = _drawn(
+            record, f"positions {metric}{end}", f"{title} by position. Overall {told}", lines, metric
+        )
         rows: list[list[object]] = [
             [one["name"], place(one), one["l0"], position, *_band(mean, error)]
             for one, values in found
@@ -99,7 +108,7 @@ def _by_position(record: dict[str, Any], metric: str, title: str, note: str) -> 
         yield Shown(
             f"positions-{metric}{end}",
             f"{title} by position",
-            f"{note}. {_marked(record)}",
+            f"{note}. {_marked(record)}{_cut(metric)}",
             columns,
             rows,
             svg,
@@ -202,8 +211,16 @@ def _counted(one: dict[str, Any]) -> bool:
     return bool(sum(one["density"]["counts"]) + one["density"]["never_active"])
 
 
-def _drawn(record: dict[str, Any], salt: str, alt: str, lines: list[Line]) -> Markup:
-    return by_position(salt, alt, lines, record["trained_context"], record["context"])
+def _drawn(record: dict[str, Any], salt: str, alt: str, lines: list[Line], metric: str = "") -> Markup:
+    view = VIEWS.get(metric, (-math.inf, math.inf))
+    return by_position(salt, alt, lines, record["trained_context"], record["context"], view)
+
+
+def _cut(metric: str) -> str:
+    if metric not in VIEWS:
+        return ""
+    low, high = VIEWS[metric]
+    return f". The view ends at {low:g} and {high:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _marked(record: dict[str, Any]) -> str:

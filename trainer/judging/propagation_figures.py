@@ -42,12 +42,12 @@ def _matrix(record: dict[str, Any], quantity: str, title: str, note: str) -> Sho
         if (value := cell["relative"][quantity]["mean"]) is not None
     )
     key = ", ".join(
-        f"{label}: {one['name']} ({one['hook_name']}, L0 {one['l0']:.3g})"
+        f"{label} is {one['name']} ({one['hook_name']}, L0 {one['l0']:.3g})"
         for label, one in zip(labels, dictionaries, strict=True)
     )
     svg = matrix(
         *(f"propagation {quantity}", f"{title} behind spliced dictionaries. {told}", labels, labels, cells),
-        ("measured", "spliced"),
+        ("layer of the measured dictionary", "spliced"),
     )
     columns = [
         *("spliced", "its hook point", "its l0", "measured", "hook point", "l0"),
@@ -89,4 +89,4 @@ def _letters(number: int) -> str:
 
 def _layer(hook: str) -> str:
     parts = hook.split(".")
-    return f"L{parts[1]}" if parts[0] == "blocks" and len(parts) > 1 else parts[0].removeprefix("hook_")[:6]
+    return parts[1] if parts[0] == "blocks" and len(parts) > 1 else parts[0].removeprefix("hook_")[:6]
