@@ -43,7 +43,7 @@ def show(record: dict[str, Any]) -> list[Shown]:
         _errors(record),
         *(shown for metric in METRICS for shown in _by_position(record, *metric)),
         _model_alone(record),
-        *_beyond(record),
+        *beyond(record),
         *(_density(record, one) for one in record["dictionaries"] if _counted(one)),
         _controls(record),
     ]
@@ -128,7 +128,7 @@ def _model_alone(record: dict[str, Any]) -> Shown:
     return Shown("positions-clean", "The model alone by position", note, columns, rows, svg)
 
 
-def _beyond(record: dict[str, Any]) -> Iterator[Shown]:
+def beyond(record: dict[str, Any]) -> Iterator[Shown]:
     """Each metric beyond the trained context against that within; nothing where the text ends with it."""
     if record["trained_context"] >= record["context"]:
         return
