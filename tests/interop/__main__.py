@@ -4,7 +4,8 @@
 
 Trains a small run of every kind of SAE on real activations with the ordinary commands, exports it in every
 format, and starts `peers.py` in the other environment, which loads each export with the library's public
-loader. There SAELens also judges exports inside the model, on the same tokens as we do (`metrics.py`). Then it imports what SAELens saved there, and what it made of our own exports.
+loader, and has SAELens judge exports inside the model, on the tokens that we judge them on (`metrics.py`).
+Then it imports what SAELens saved there, and what it made of our own exports.
 """
 
 import json

@@ -7,8 +7,8 @@ definitions differ it is asked what we ask:
   leave them alone. Without BOS, a model is broken in another way;
 - its cross-entropy leaves special rows out where a token is predicted from, as ours does; both count a
   special token where it is predicted. Both take the KL divergence at the last position too;
-- `explained_variance` is of all rows together, as ours is. `explained_variance_legacy` averages 1 − error over
-  distance row by row, with the mean of a batch: another figure, which is not compared;
+- `explained_variance` is of all rows together, as ours is. `explained_variance_legacy` averages 1 − error
+  over distance row by row, with the mean of a batch: another figure, which is not compared;
 - `l0` counts what is not 0, ours what is above: the same in kinds without negative activations;
 - `mse` is the sum over dimensions, as our squared error.
 """
