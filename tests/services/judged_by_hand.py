@@ -41,14 +41,18 @@ def seen(model: LanguageModel, tokens: Tensor, name: str, hooks: dict[str, Hook]
     return found[0].flatten(1)
 
 
-def replaced(one: Dictionary, special: Tensor) -> Hook:
-    """Every row but those of special tokens by its reconstruction, one after the other."""
+def replaced(one: Dictionary, special: Tensor, read: Tensor | None = None) -> Hook:
+    """Every row but those of special tokens by its reconstruction, one after the other.
+
+    Args:
+        read: [C, D] what a transcoder reads elsewhere.
+    """
 
     def function(acts: Tensor) -> Tensor:
         result = acts.clone()
         for position in range(acts.shape[1]):
             if not special[position]:
-                x = acts[0, position][None]
+                x = acts[0, position][None] if read is None else read[position][None]
                 result[0, position] = one.module.reconstruct(x, one.module.encode(x))[0]
         return result
 
@@ -62,8 +66,9 @@ def metrics(model: LanguageModel, text: Text, one: Dictionary, mean: Tensor) -> 
         tokens = torch.from_numpy(text.tokens[number]).long()
         special = torch.isin(tokens, torch.tensor(text.special_ids))
         clean = run(model, tokens, {})
-        spliced = run(model, tokens, {one.hook_out: replaced(one, special)})
-        x = seen(model, tokens, one.hook_name, {})
+        x, target = (seen(model, tokens, hook, {}) for hook in (one.hook_name, one.hook_out))
+        read = None if one.hook_name == one.hook_out else x
+        spliced = run(model, tokens, {one.hook_out: replaced(one, special, read)})
 
         zero = run(model, tokens, {one.hook_out: _constant(torch.zeros_like(mean), special)})
         other = run(model, tokens, {one.hook_out: _constant(mean, special)})
@@ -71,13 +76,13 @@ def metrics(model: LanguageModel, text: Text, one: Dictionary, mean: Tensor) -> 
             if special[p]:
                 continue
             acts = one.module.encode(x[p][None])
-            error = x[p] - one.module.reconstruct(x[p][None], acts)[0]
+            error = target[p] - one.module.reconstruct(x[p][None], acts)[0]
             at = number, p
             found["l0"][at] = float((acts > 0).sum())
             found["l1"][at] = float(acts.abs().sum())
             found["squared_error"][at] = float((error.double() ** 2).sum())
-            found["norm"][at] = float(x[p].double().norm())
-            found["variance"][at] = float(((x[p].double() - mean) ** 2).sum())
+            found["norm"][at] = float(target[p].double().norm())
+            found["variance"][at] = float(((target[p].double() - mean) ** 2).sum())
             p_clean, p_spliced = clean[p].softmax(0), spliced[p].softmax(0)
             found["kl"][at] = float((p_clean * (p_clean.log() - p_spliced.log())).sum())
             if p + 1 < len(tokens):

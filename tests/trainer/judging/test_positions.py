@@ -20,7 +20,9 @@ from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.positions_figures import beyond
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.text import Text
-from services.judged import RESIDS, constant, identity, random_text, untrained_sae
+from penstock.trainer.kinds import StandardSettings
+from penstock.trainer.sae import build
+from services.judged import RESIDS, constant, identity, random_text, untrained_sae, untrained_transcoder
 from services.judged_by_hand import Values, by_position, mean_activation, metrics
 
 PLACE = RESIDS[3]
@@ -37,7 +39,13 @@ def short() -> Text:
 
 @pytest.fixture(scope="module")
 def one() -> Dictionary:
-    return untrained_sae(PLACE)
+    """A ReLU SAE as it starts: how many features are active differs from row to row."""
+    settings = StandardSettings(
+        architecture="standard", name="sae", hook_name=PLACE, d_sae=256, l1_coefficient=0.1
+    )
+    built = build(192, settings)
+    built.initialise(0, None)
+    return Dictionary.of_sae("sae", built.eval().requires_grad_(False), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +140,17 @@ def test_cross_entropies_and_what_is_recovered(record: dict[str, Any], wanted: V
     assert found["kl"]["by_position"]["mean"][-1] is not None
 
 
+def test_a_transcoder_is_measured_where_it_replaces(model: LanguageModel, short: Text) -> None:
+    text = Text(short.tokens[:2], [0])
+    one = untrained_transcoder("blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out")
+    found = positions.measure(Subject(model, text, [one], TRAINED))["dictionaries"][0]["metrics"]
+    expected = metrics(model, text, one, mean_activation(model, text, one.hook_out))
+    for metric in ("l0", "l1", "squared_error", "norm", "kl", "delta_ce"):
+        close(found[metric]["by_position"]["mean"], by_position(expected[metric], CONTEXT))
+    unexplained = sum(expected["squared_error"].values()) / sum(expected["variance"].values())
+    assert found["explained_variance"]["overall"]["mean"] == pytest.approx(1 - unexplained, rel=1e-4)
+
+
 def test_explained_variance_within_and_beyond(record: dict[str, Any], wanted: Values) -> None:
     found = record["dictionaries"][0]["metrics"]["explained_variance"]
 
@@ -189,7 +208,8 @@ def test_densities_and_l0_belong_together(record: dict[str, Any]) -> None:
     for found in record["dictionaries"][:2]:
         density = found["density"]
         assert sum(density["counts"]) + density["never_active"] == 256
-        assert found["l0"] == found["metrics"]["l0"]["overall"]["mean"] == 16
+        assert found["l0"] == found["metrics"]["l0"]["overall"]["mean"]
+    assert record["dictionaries"][1]["l0"] == 16
 
 
 def test_the_same_inputs_give_the_same_record_and_figures(

@@ -14,26 +14,10 @@ from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.propagation_figures import short_labels
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.text import Text
-from penstock.trainer.kinds import TranscoderSettings
-from penstock.trainer.sae import build
-from services.judged import RESIDS, identity, random_text, untrained_sae
+from services.judged import RESIDS, identity, random_text, untrained_sae, untrained_transcoder
 from services.judged_by_hand import metrics, replaced, seen
 
 MLP = "blocks.2.hook_mlp_out"
-
-
-def transcoder() -> Dictionary:
-    settings = TranscoderSettings(
-        architecture="transcoder",
-        name="coder",
-        hook_name="blocks.2.ln2.hook_normalized",
-        hook_out=MLP,
-        d_sae=128,
-        l1_coefficient=0.1,
-    )
-    built = build(192, settings, 192)
-    built.initialise(3, None)
-    return Dictionary.of_sae("coder", built.eval().requires_grad_(False), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +34,7 @@ def dictionaries() -> list[Dictionary]:
     return [
         replace(late, name="late"),
         replace(early, name="early"),
-        transcoder(),
+        replace(untrained_transcoder("blocks.2.ln2.hook_normalized", MLP), name="coder"),
         replace(untrained_sae(RESIDS[4], seed=5), name="late-other"),
     ]
 
