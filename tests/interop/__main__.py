@@ -4,7 +4,8 @@
 
 Trains a small run of every kind of SAE on real activations with the ordinary commands, exports it in every
 format, and starts `peers.py` in the other environment, which loads each export with the library's public
-loader. Then it imports what SAELens saved there, and what it made of our own exports.
+loader, and has SAELens judge exports inside the model, on the tokens that we judge them on (`metrics.py`).
+Then it imports what SAELens saved there, and what it made of our own exports.
 """
 
 import json
@@ -20,6 +21,7 @@ import safetensors.torch
 import torch
 
 from interop.compare import compare
+from interop.judged import write_judged
 from penstock.common.errors import UserError
 from penstock.store.dataset import open_dataset
 from penstock.trainer.config import load_run_config
@@ -53,7 +55,8 @@ def main(workdir: Path, peers_python: str) -> int:
     (run_url,) = map(str, (workdir / "runs").iterdir())
     names = write_references(run_url, workdir)
     wrong = list(export(run_url, names, workdir / "exports"))
-    print(f"trained and exported in {time.monotonic() - began:.0f} s", flush=True)
+    write_judged(run_url, workdir, names)
+    print(f"trained, exported and judged in {time.monotonic() - began:.0f} s", flush=True)
 
     environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(HERE.parent)

@@ -3,8 +3,8 @@
     python -m interop.peers WORKDIR NAME…
 
 Loads each export with its library's public loader and compares feature activations and reconstructions on
-real activations with the references. Saves dictionaries that SAELens made, for the way back. Exit code 1 if
-anything differs by more than the tolerance.
+real activations with the references. Has SAELens judge the exports inside the model (`metrics.py`). Saves
+dictionaries that SAELens made, for the way back. Exit code 1 if anything differs by more than the tolerance.
 """
 
 import json
@@ -35,6 +35,7 @@ from sparsify import SparseCoder
 from torch import Tensor
 
 from interop.compare import HEADER, compare
+from interop.metrics import check_metrics
 
 Loaded = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 """encode, and what reconstructs rows from feature activations and, where there is a skip connection, rows."""
@@ -136,7 +137,7 @@ def main(workdir: Path, names: list[str]) -> int:
         if (exports / "saelens" / name).exists():
             SAE.load_from_disk(exports / "saelens" / name).save_model(saved)
     make_dictionaries(workdir, names[0])
-    return 0 if all(same) else 1
+    return 0 if check_metrics(workdir) and all(same) else 1
 
 
 if __name__ == "__main__":

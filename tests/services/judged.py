@@ -4,7 +4,7 @@ import torch
 
 from penstock.trainer.judging.dictionaries import Constant, Dictionary, Identity
 from penstock.trainer.judging.text import Text
-from penstock.trainer.kinds import TopKSettings
+from penstock.trainer.kinds import TopKSettings, TranscoderSettings
 from penstock.trainer.sae import build
 
 RESIDS = [f"blocks.{layer}.hook_resid_post" for layer in range(6)]
@@ -32,3 +32,18 @@ def untrained_sae(hook_name: str, d_in: int = 192, seed: int = 0) -> Dictionary:
     built = build(d_in, settings)
     built.initialise(seed, None)
     return Dictionary.of_sae("sae", built.eval().requires_grad_(False), torch.device("cpu"))
+
+
+def untrained_transcoder(hook_name: str, hook_out: str, width: int = 192) -> Dictionary:
+    """A transcoder as it starts."""
+    settings = TranscoderSettings(
+        architecture="transcoder",
+        name="transcoder",
+        hook_name=hook_name,
+        hook_out=hook_out,
+        d_sae=128,
+        l1_coefficient=0.1,
+    )
+    built = build(width, settings, width)
+    built.initialise(3, None)
+    return Dictionary.of_sae("transcoder", built.eval().requires_grad_(False), torch.device("cpu"))

@@ -13,9 +13,7 @@ from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.measures import cross_entropy, divergence
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.text import Batch, Text
-from penstock.trainer.kinds import TranscoderSettings
-from penstock.trainer.sae import build
-from services.judged import RESIDS, constant, identity, untrained_sae
+from services.judged import RESIDS, constant, identity, untrained_sae, untrained_transcoder
 
 PLACES = [*RESIDS, "blocks.1.mlp.hook_post", "blocks.2.attn.hook_out", "blocks.3.hook_mlp_out"]
 
@@ -103,12 +101,7 @@ def test_with_its_error_kept_only_changes_count(model: LanguageModel, batch: Bat
 
 def test_a_transcoder_reads_one_place_and_replaces_another(model: LanguageModel, batch: Batch) -> None:
     into, out = "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out"
-    settings = TranscoderSettings(
-        architecture="transcoder", name="t", hook_name=into, hook_out=out, d_sae=128, l1_coefficient=0.1
-    )
-    built = build(192, settings, 192)
-    built.initialise(3, None)
-    one = Dictionary.of_sae("t", built.eval().requires_grad_(False), torch.device("cpu"))
+    one = untrained_transcoder(into, out)
     assert (one.hook_name, one.hook_out) == (into, out)
     clean = forward(model, batch.tokens, batch.keep, watch=[into])
     spliced = forward(model, batch.tokens, batch.keep, [Splice(one)])
