@@ -1,8 +1,8 @@
 """Cloze tasks: prompts whose continuation is known, from files and from Python text.
 
-Only the first token of an answer counts. Prompt and answer are tokenised together, so that the answer's first
-token is the one that the text would have; where the prompt's tokens then come out differently, the answer does
-not begin with a token of its own, and the item is left out and counted.
+Only the first token of an answer counts. Prompt and answer are tokenised together, so that the answer's
+first token is the one that the text would have; where the prompt's tokens then come out differently, the
+answer does not begin with a token of its own, and the item is left out and counted.
 
     lambada   a passage per line, as text or as JSON {"text": …}; its last word is the answer
               (Paperno et al. 2016, "The LAMBADA dataset")
@@ -67,7 +67,9 @@ class Maker:
     limit: int
     bos: bool
 
-    def item(self, task: str, prompt: str, answer: str, rest: str = "", *, whole: bool = False) -> Item | None:
+    def item(
+        self, task: str, prompt: str, answer: str, rest: str = "", *, whole: bool = False
+    ) -> Item | None:
         """An item, or None if the answer does not begin with a token of its own.
 
         Args:

@@ -37,10 +37,12 @@ CHARACTERS_PER_TOKEN = 8
 OPEN = {"(": ")", "[": "]", "{": "}"}
 KEYWORDS = ("except", "finally", "in", "as")
 
-_WORDS = """name path value index parent width height label color timeout encoding buffer handler callback source
-target prefix suffix limit count offset length mode flags level message status result context session config
-options default factory loop queue lock stream reader writer parser token node root key data size owner""".split()
-_CLASSES = "Entry Window Message Server Client Record Buffer Parser Handler Session Widget Request".split()
+_WORDS = """
+name path value index parent width height label color timeout encoding buffer handler callback source target
+prefix suffix limit count offset length mode flags level message status result context session config options
+default factory loop queue lock stream reader writer parser token node root key data size owner
+"""
+_CLASSES = "Entry Window Message Server Client Record Buffer Parser Handler Session Widget Request"
 
 
 @dataclass(frozen=True)
@@ -186,19 +188,21 @@ def _parameters(source: Source) -> Iterator[Site]:
         every = {one.arg for one in (*named.posonlyargs, *named.args, *named.kwonlyargs)} - {"self", "cls"}
         for name in _loads(function.body):
             if name.id in every:
-                yield Site(
-                    source.text, start, source.at(name.lineno, name.col_offset), name.id, source.path
-                )
+                yield Site(source.text, start, source.at(name.lineno, name.col_offset), name.id, source.path)
 
 
 def _attributes(source: Source) -> Iterator[Site]:
     for function, start in _functions(source):
         places: list[tuple[int, str]] = []
         for node in (inner for statement in function.body for inner in ast.walk(statement)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id == "self" and node.end_lineno and node.end_col_offset:
-                    cut = source.at(node.end_lineno, node.end_col_offset) - len(node.attr)
-                    places.append((cut, node.attr))
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+                and node.end_lineno
+                and node.end_col_offset
+            ):
+                places.append((source.at(node.end_lineno, node.end_col_offset) - len(node.attr), node.attr))
         before: set[str] = set()
         for cut, name in sorted(places):
             if name in before:
@@ -276,8 +280,8 @@ def _keywords(source: Source) -> Iterator[Site]:
 
 def _assignments(generator: random.Random) -> Iterator[Site]:
     while True:
-        names = generator.sample(_WORDS, generator.randint(2, 4))
-        text = f"class {generator.choice(_CLASSES)}:\n    def __init__(self, {', '.join(names)}):\n"
+        names = generator.sample(_WORDS.split(), generator.randint(2, 4))
+        text = f"class {generator.choice(_CLASSES.split())}:\n    def __init__(self, {', '.join(names)}):\n"
         text += "".join(f"        self.{name} = {name}\n" for name in names)
         answer = generator.choice(names[1:])
         cut = text.index(f"self.{answer} = ") + len(f"self.{answer} = ")

@@ -34,6 +34,7 @@ SHOWN_CHARACTERS = 120
 Progress = Callable[[int, int], None]
 
 
+@torch.no_grad()
 def measure(
     subject: Subject,
     cloze: Cloze,

@@ -9,27 +9,29 @@ stream. With its dictionary in place of the activations, over the prompts that a
     mean_delta_ln_p   mean Δln p
     attribution       Σ a·Δln p, a the mean activation over the prompt's last T tokens
 
-A feature that is active on no prompt has no score, which is not a score of 0: all of these are missing. Scores
-say what goes with a feature, not what it causes: all features of a prompt share its Δln p. `ablation.py` takes
-features out one by one.
+A feature that is active on no prompt has no score, which is not a score of 0: all of these are missing.
+Scores say what goes with a feature, not what it causes: all features of a prompt share its Δln p.
+`ablation.py` takes features out one by one.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
+from penstock.trainer import figures
 from penstock.trainer.evaluate import density
+from penstock.trainer.judging import task_figures
 from penstock.trainer.judging.cloze import Cloze
 from penstock.trainer.judging.cloze_score import Progress, layer
 from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.prompts import Prompts, batches, per_prompt
+from penstock.trainer.judging.shown import Shown
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.task_settings import FeatureScoreSettings
-
-__all__ = ["FeatureSums", "add_scores", "measure"]
 
 _SUMS = ("prompts", "score", "outcome", "delta_ln_p")
 
@@ -90,6 +92,7 @@ class FeatureSums:
         }
 
 
+@torch.no_grad()
 def measure(
     subject: Subject,
     cloze: Cloze,
@@ -136,3 +139,78 @@ def add_scores(
             one.add(batch, x, last_tokens, after - before, is_right.long() - was_right.long())
             done += len(batch.index)
             progress(done, total)
+
+
+def show(record: dict[str, Any]) -> list[Shown]:
+    """Figures and tables of a record."""
+    found = record["dictionaries"]
+    if not found:
+        return []
+    rows: list[list[object]] = []
+    groups = []
+    for place, one in enumerate(found):
+        columns = ("prompts", "score", "outcome", "mean_delta_ln_p", "attribution")
+        known = [f for f, prompts in enumerate(one["prompts"]) if prompts]
+        rows += [[one["name"], one["l0"], f, *(one[name][f] for name in columns)] for f in known]
+        points = [(one["prompts"][f], one["score"][f]) for f in known]
+        groups.append((one["name"], figures.series_color(place), points))
+    missing = ", ".join(f"{one['never_active']:,} of {one['features']:,} in {one['name']}" for one in found)
+    note = (
+        f"Features active on one of a prompt's last {record['last_tokens']} tokens: +1 for each prompt whose "
+        "answer became likelier with the dictionary in place, −1 for each whose became less likely."
+    )
+    header = ["prompts", "score", "outcome", "mean Δln p", "attribution"]
+    return [
+        Shown(
+            "feature_scores",
+            "Scores of features",
+            f"{note} Active on no prompt, and without a score: {missing}.",
+            ["dictionary", "L0", "feature", *header],
+            rows,
+            Markup(
+                task_figures.scatter(
+                    *("feature-scores", "Score of each feature against the prompts it is active on"),
+                    *(groups, ("prompts that the feature is active on", "score")),
+                    log_x=True,
+                )
+            ),
+        ),
+        Shown(
+            "feature_scores_listed",
+            "The lowest and highest scores",
+            "They say what goes with a feature, not what it causes: all features of a prompt share Δln p.",
+            ["dictionary", "L0", "feature", *header],
+            [
+                row
+                for one in found
+                for row in _ends([r for r in rows if r[0] == one["name"]], record["listed"])
+            ],
+        ),
+        *(_density(one, place) for place, one in enumerate(found)),
+    ]
+
+
+def _ends(rows: list[list[object]], listed: int) -> list[list[object]]:
+    """Rows with the lowest scores, then those with the highest, none twice."""
+    ordered = sorted(rows, key=lambda row: (row[4], row[6]))
+    return ordered if len(ordered) <= 2 * listed else [*ordered[:listed], *ordered[-listed:]]
+
+
+def _density(one: dict[str, Any], place: int) -> Shown:
+    found = one["density"]
+    edges, counts = found["log10_edges"], found["counts"]
+    rows: list[list[object]] = [[None, None, found["never_active"]]]
+    rows += [[low, high, n] for low, high, n in zip(edges, edges[1:], counts, strict=False)]
+    return Shown(
+        f"prompt_density_{one['name']}",
+        f"Features by how often they are active: {one['name']}",
+        f"Share of the prompts' tokens; L0 {one['l0']:.1f}. Features active on none stand apart.",
+        ["log10 from", "log10 to", "features"],
+        rows,
+        Markup(
+            figures.density(
+                *(f"prompt-density-{one['name']}", f"Feature density of {one['name']}", place),
+                *(edges, counts, found["never_active"]),
+            )
+        ),
+    )
