@@ -55,7 +55,7 @@ def measure(
     """
     items = cloze.items
     if not items:
-        raise UserError("cloze: there are no prompts; give cloze.sources some")
+        raise UserError("cloze: there are no prompts; give evaluation.cloze.sources some")
     clean = _Outcomes(len(items))
     arms = [_Arm(one, len(items)) for one in subject.dictionaries]
     done, total = 0, len(items) * (1 + len(arms))

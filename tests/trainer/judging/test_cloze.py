@@ -86,7 +86,7 @@ def test_a_file_that_is_no_text_or_not_there_or_empty(tmp_path: Path) -> None:
     file.write_bytes(b"\n")
     with pytest.raises(UserError, match="no usable item"):
         load(f"lambada:{file}")
-    with pytest.raises(UserError, match=r"cloze\.sources: 'lambda:x' is neither"):
+    with pytest.raises(UserError, match=r"evaluation\.cloze\.sources: 'lambda:x' is neither"):
         load("lambda:x")
 
 
