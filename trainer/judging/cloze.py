@@ -117,7 +117,9 @@ def load_cloze(settings: ClozeSettings, tokenizer: LoadedTokenizer, context: int
             continue
         kind, _, name = source.partition(":")
         if kind not in _READERS or not name:
-            raise UserError(f"evaluation.cloze.sources: {source!r} is neither {BUILTIN} nor lambada:FILE nor cbt:FILE")
+            raise UserError(
+                f"evaluation.cloze.sources: {source!r} is neither {BUILTIN} nor lambada:FILE nor cbt:FILE"
+            )
         path = Path(name).expanduser()
         maker = Maker(tokenizer, min(context, settings.max_tokens or context), bos)
         found, missed = _drawn(_READERS[kind](path), maker, path.stem, settings)
