@@ -49,10 +49,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Cloze:
-    """Items, and how many of each task were left out as the module says."""
+    """Items, and how many of each task were left out as the module says.
+
+    Raises:
+        UserError: there are no items.
+    """
 
     items: list[Item]
     left_out: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise UserError("cloze: there are no prompts; give evaluation.cloze.sources some")
 
     def tasks(self) -> list[str]:
         """Names, each once, in order."""

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from penstock.common.errors import UserError
 from penstock.trainer.judging.cloze import Cloze, Item
 from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.prompts import Prompts, batches, owner, per_prompt
@@ -49,13 +48,8 @@ def measure(
 
     Returns:
         A record of finite numbers and nulls. What is per item is in the order of `items`.
-
-    Raises:
-        UserError: there are no items.
     """
     items = cloze.items
-    if not items:
-        raise UserError("cloze: there are no prompts; give evaluation.cloze.sources some")
     clean = _Outcomes(len(items))
     arms = [_Arm(one, len(items)) for one in subject.dictionaries]
     done, total = 0, len(items) * (1 + len(arms))

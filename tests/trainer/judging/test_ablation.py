@@ -17,7 +17,7 @@ from penstock.trainer.judging.task_settings import AblationSettings
 from penstock.trainer.judging.text import Text
 from penstock.trainer.sae import SAE
 from services.cloze import few_prompts
-from services.judged import RESIDS, untrained_sae
+from services.judged import RESIDS, identity, untrained_sae
 from services.lm import shipped_tokenizer
 
 PLANTED = 200
@@ -145,6 +145,11 @@ def test_signs_of_the_lists_and_what_is_shown(model: LanguageModel, text: Text) 
     for one in shown:
         assert all(len(row) == len(one.columns) for row in one.rows)
     assert "«" in str(shown[1].rows[0][4])
+
+
+def test_a_dictionary_without_features_has_no_effects(model: LanguageModel, text: Text) -> None:
+    found = ablate(model, text, identity(RESIDS[3]), SETTINGS)
+    assert found["effects"] == found["harmful"] == found["helpful"] == []
 
 
 def test_candidates_have_the_largest_attribution() -> None:

@@ -109,9 +109,9 @@ def test_prompts_beyond_the_training_context_are_counted(record: dict[str, Any])
     assert 0 < record["beyond_trained_context"] == wanted < 20
 
 
-def test_without_prompts_there_is_nothing_to_measure(subject: Subject) -> None:
+def test_without_prompts_there_is_nothing_to_measure() -> None:
     with pytest.raises(UserError, match="there are no prompts"):
-        cloze_score.measure(subject, Cloze([]))
+        Cloze([])
 
 
 def test_rank_correlation() -> None:
