@@ -14,19 +14,19 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from penstock.common.documents import (
+    HELD_OUT_RULE,
+    Document,
+    is_held_out,
+    read_documents,
+    standard_library_paths,
+)
 from penstock.common.errors import ConfigError, ObjectMissing, PlanMismatch, UserError
 from penstock.common.model.files import LoadedTokenizer
 from penstock.common.permutation import permutation
 from penstock.common.settings import Settings
 from penstock.producer.hub import TableText, dataset_documents, find_commit, is_commit
-from penstock.producer.text import (
-    HELD_OUT_RULE,
-    Document,
-    file_paths,
-    is_held_out,
-    read_documents,
-    standard_library_paths,
-)
+from penstock.producer.text import file_paths
 from penstock.store.corpus import (
     HELD_OUT,
     TRAIN,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penstock.common.documents import Document
 from penstock.common.errors import ConfigError, PenstockError, Unavailable, nearest
 from penstock.common.settings import one_line
-from penstock.producer.text import Document
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -7,7 +7,7 @@ Jordan et al. 2024), everything else by AdamW, both under one warm-up and cosine
     python examples/tiny_lm/train.py OUT --compile
 
 writes an ordinary Hugging Face directory (config, bf16 safetensors, tokenizer, model card) to OUT.
-Which files are held out is decided by `penstock.producer.text.is_held_out`.
+Which files are held out is decided by `penstock.common.documents.is_held_out`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from penstock.producer.text import Document, is_held_out, read_documents, standard_library_paths
+from penstock.common.documents import Document, is_held_out, read_documents, standard_library_paths
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096

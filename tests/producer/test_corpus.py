@@ -10,11 +10,12 @@ import numpy.typing as npt
 import pytest
 import zarr
 
+from penstock.common.documents import is_held_out
 from penstock.common.errors import ConfigError, PlanMismatch, UserError
 from penstock.common.model.files import LoadedTokenizer
 from penstock.common.permutation import permutation
 from penstock.producer.corpus import NO_DOCUMENT, CorpusSettings, ensure_corpus
-from penstock.producer.text import file_paths, is_held_out
+from penstock.producer.text import file_paths
 from penstock.store.corpus import HELD_OUT, TRAIN, Corpus, open_corpus
 from penstock.store.local import LocalStore
 from penstock.store.verify import corpus_faults

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from penstock.common.documents import Document
 from penstock.common.errors import ConfigError, PlanMismatch, Unavailable
 from penstock.producer import hub as hub_module
 from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.producer.hub import TableText, dataset_documents, find_commit
-from penstock.producer.text import Document
 from penstock.store.corpus import open_corpus
 from services.hub import Hub, serving
 from services.lm import shipped_tokenizer

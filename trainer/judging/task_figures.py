@@ -1,0 +1,226 @@
+"""Plots of tasks and features, drawn as the run report's are (`trainer/figures.py`).
+
+Values that are missing are left out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from penstock.trainer.figures import GRID, INK, MUTED, compact, draw, log_view, sampled, series_color
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Values = Sequence[float | None]
+Group = tuple[str, str, Sequence[tuple[float, float]]]
+"""Name, colour and points (x, y)."""
+
+MAX_DOTS = 300
+"""Dots of a group that are drawn; its data hold all of them."""
+MAX_LINES = 160
+LABEL_CHARACTERS = 12
+SMALL = 7.5
+_GOLDEN = 0.6180339887
+
+
+def strips(
+    salt: str, alt: str, names: Sequence[str], groups: Sequence[tuple[str, str, Sequence[Values]]]
+) -> str:
+    """Values in a column per name, one dot each, spread sideways; the column's median as a line.
+
+    Args:
+        groups: what is told apart: name, colour, and values per column.
+    """
+    columns = [[v for _, _, values in groups for v in values[x] if v is not None] for x in range(len(names))]
+    every = [v for column in columns for v in column]
+    if not every:
+        return ""
+
+    def paint(ax: "Axes") -> None:
+        ax.axhline(0.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        for label, color, values in groups:
+            dots = [
+                (x + 0.7 * ((i * _GOLDEN) % 1 - 0.5), v)
+                for x in range(len(names))
+                for i, v in enumerate(sampled([v for v in values[x] if v is not None], MAX_DOTS))
+            ]
+            xs, ys = zip(*dots, strict=True) if dots else ((), ())
+            ax.plot(xs, ys, "o", markersize=2.2, color=color, alpha=0.6, markeredgewidth=0, label=label)
+        for x, column in enumerate(columns):
+            if column:
+                middle = float(np.median(column))
+                ax.plot([x - 0.38, x + 0.38], [middle, middle], color=INK, linewidth=1.6)
+        _columns(ax, names)
+        _legend(ax, [label for label, _, _ in groups], min(every), max(every))
+
+    return draw(salt, alt, paint)
+
+
+def parallel(
+    salt: str,
+    alt: str,
+    names: Sequence[str],
+    groups: Sequence[tuple[str, str, Sequence[Sequence[float]]]],
+) -> str:
+    """A thin line per item across the columns, and a thick one for the median of each group.
+
+    Args:
+        groups: name, colour, and lines, each with a value per column.
+    """
+    every = [value for _, _, lines in groups for line in lines for value in line]
+    if not every or len(names) < 2:
+        return ""
+    share = max(1, MAX_LINES // len(groups))
+
+    def paint(ax: "Axes") -> None:
+        for _, color, lines in groups:
+            for line in sampled(lines, share):
+                ax.plot(range(len(names)), line, color=color, linewidth=0.5, alpha=0.25)
+        for label, color, lines in groups:
+            if lines:
+                ax.plot(range(len(names)), np.median(lines, axis=0), color=color, linewidth=1.8, label=label)
+        _columns(ax, names)
+        _legend(ax, [label for label, _, _ in groups], min(every), max(every))
+
+    return draw(salt, alt, paint)
+
+
+def scatter(
+    salt: str, alt: str, groups: Sequence[Group], axes: tuple[str, str], *, log_x: bool = False
+) -> str:
+    """A dot per pair; on a logarithmic axis those at or below 0 are left out.
+
+    Args:
+        axes: what x and y are.
+    """
+    shown = [(n, c, [p for p in points if p[0] > 0 or not log_x]) for n, c, points in groups]
+    every = [point for _, _, points in shown for point in points]
+    if not every:
+        return ""
+
+    def paint(ax: "Axes") -> None:
+        ax.axhline(0.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        if log_x:
+            ax.set_xscale("log")
+        for label, color, points in shown:
+            xs, ys = zip(*sampled(points, MAX_DOTS), strict=True) if points else ((), ())
+            ax.plot(xs, ys, "o", markersize=2.4, color=color, alpha=0.6, markeredgewidth=0, label=label)
+        if log_x:
+            log_view(ax.xaxis, min(x for x, _ in every), max(x for x, _ in every))
+        ax.set_xlabel(axes[0])
+        _legend(ax, [name for name, _, _ in shown], min(y for _, y in every), max(y for _, y in every))
+
+    return draw(salt, alt, paint)
+
+
+def levels(
+    salt: str, alt: str, names: Sequence[str], values: Values, level: float, label: str, spread: Values
+) -> str:
+    """A share per column with ± its standard error, beside a level that is the same for all."""
+    if all(value is None for value in values):
+        return ""
+
+    def paint(ax: "Axes") -> None:
+        ax.axhline(level, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        ax.annotate(label, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=INK)
+        for x, (value, error) in enumerate(zip(values, spread, strict=True)):
+            if value is not None:
+                ax.plot([x, x], [value - (error or 0), value + (error or 0)], color=MUTED, linewidth=1.2)
+                ax.plot(x, value, "o", color=series_color(0), markersize=5.5)
+                ax.annotate(
+                    compact(round(value, 3)), (x + 0.09, value), va="center", color=MUTED, fontsize=SMALL
+                )
+        ax.set_ylim(0, 1.02)
+        _columns(ax, names)
+
+    return draw(salt, alt, paint)
+
+
+def stacks(
+    salt: str, alt: str, names: Sequence[str], groups: Sequence[tuple[str, str, Sequence[float]]]
+) -> str:
+    """Bars of several parts, each with its size written into it.
+
+    Args:
+        groups: name, colour, and size per bar.
+    """
+    if not names:
+        return ""
+    tallest = max(sum(sizes[x] for _, _, sizes in groups) for x in range(len(names))) or 1
+
+    def paint(ax: "Axes") -> None:
+        bottoms = [0.0] * len(names)
+        for label, color, sizes in groups:
+            bars: dict[str, Any] = {"width": 0.62, "alpha": 0.75, "linewidth": 0, "label": label}
+            ax.bar(range(len(names)), sizes, bottom=bottoms, color=color, **bars)
+            for x, size in enumerate(sizes):
+                if size > 0.045 * tallest:
+                    middle = bottoms[x] + size / 2
+                    ax.text(x, middle, compact(size), ha="center", va="center", color=INK, fontsize=SMALL)
+            bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
+        _columns(ax, names)
+        _legend(ax, [label for label, _, _ in groups], 0.0, tallest)
+
+    return draw(salt, alt, paint)
+
+
+def bars(salt: str, alt: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], axis: str) -> str:
+    """Horizontal bars with names, those of a group in one colour."""
+    every = [(name, value, series_color(i)) for i, (_, found) in enumerate(groups) for name, value in found]
+    if not every:
+        return ""
+
+    def paint(ax: "Axes") -> None:
+        ax.axvline(0.0, color=MUTED, linewidth=0.8)
+        places = range(len(every), 0, -1)
+        ax.barh(places, [v for _, v, _ in every], 0.7, color=[c for _, _, c in every], linewidth=0)
+        reach = max(abs(v) for _, v, _ in every) or 1.0
+        for place, (name, value, _) in zip(places, every, strict=True):
+            side = "left" if value >= 0 else "right"
+            at = value + math.copysign(0.015 * reach, value)
+            ax.text(at, place, name, ha=side, va="center", color=INK, fontsize=min(SMALL, 150 / len(every)))
+        ax.set_yticks([])
+        ax.grid(visible=False)
+        ax.set_xlim(-1.35 * reach, 1.35 * reach)
+        ax.set_xlabel(axis)
+
+    return draw(salt, alt, paint)
+
+
+def _columns(ax: "Axes", names: Sequence[str]) -> None:
+    """Names below columns; of many, as many as there is room for."""
+    every = math.ceil(len(names) / 12)
+    short = [name if len(name) <= LABEL_CHARACTERS else name[: LABEL_CHARACTERS - 1] + "…" for name in names]
+    size = SMALL if len(names) > 5 or max(map(len, short)) > 8 else 9.0
+    ax.set_xticks(range(0, len(names), every), short[::every], fontsize=size)
+    # two rows, where one has no room for all of them
+    if sum(map(len, short[::every])) * size * 0.6 > 310:
+        for label in ax.get_xticklabels()[1::2]:
+            label.set_y(-0.06)
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    ax.grid(visible=True, axis="y", color=GRID)
+
+
+def _legend(ax: "Axes", names: Sequence[str], low: float, high: float) -> None:
+    """Names in their colours above everything from low to high."""
+    across = min(len(names), 4)
+    rows = math.ceil(len(names) / across) if names else 0
+    room = (high - low) or 1.0
+    ax.set_ylim(low - 0.05 * room, high + (0.06 + 0.085 * rows) * room)
+    if names:
+        legend = ax.legend(
+            loc="upper center",
+            ncol=across,
+            fontsize=SMALL,
+            frameon=False,
+            labelcolor="linecolor",
+            handlelength=0.8,
+            columnspacing=1.2,
+            borderaxespad=0.0,
+        )
+        for handle in legend.legend_handles:
+            if handle is not None:
+                handle.set_alpha(1.0)
