@@ -49,7 +49,8 @@ def _on_text(config: Config, run: "RunConfig", load: LoadSAEs, progress: Progres
     files = find_model(config.model)
     if files.weights_sha256() != run.datasets[0].weights_sha256:
         raise ModelError(
-            f"model.name: the weights of {files.name} differ from those that run {run.run_id} was trained on"
+            f"model: the weights of {files.label} are not those of {run.datasets[0].source}, which run "
+            f"{run.run_id} was trained on; set model.name, weights and weights_seed as its dataset has them"
         )
     # nothing here needs to be bit-identical: use the whole machine
     model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
