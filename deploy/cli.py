@@ -181,11 +181,21 @@ def submit(config: str, workdir: str | None) -> None:
 @CONFIG
 @WORKDIR
 @click.option("--drain", is_flag=True, help="Exit once every submitted run has ended.")
-def train(config: str, workdir: str | None, drain: bool) -> None:
+@click.option(
+    "--evaluate-every",
+    type=click.IntRange(0),
+    metavar="ROWS",
+    help="Evaluate SAEs inside the model each time so many rows were trained on; overrides the config's.",
+)
+def train(config: str, workdir: str | None, drain: bool, evaluate_every: int | None) -> None:
     """One trainer process: carries submitted runs on."""
     from penstock.deploy.processes import train as run_trainer
 
-    run_trainer(_load(config, workdir), drain)
+    loaded = _load(config, workdir)
+    if evaluate_every is not None:
+        changed = loaded.trainer.model_copy(update={"evaluate_every": evaluate_every})
+        loaded = loaded.model_copy(update={"trainer": changed})
+    run_trainer(loaded, drain)
 
 
 @cli.command()
