@@ -219,6 +219,17 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
 
 
 @cli.command()
+@click.argument("evaluations", nargs=-1, required=True, metavar="[LABEL=]PATH...")
+@click.option("--out", default="compare.html", show_default=True, help="The page; CSV files go beside it.")
+def compare(evaluations: tuple[str, ...], out: str) -> None:
+    """Evaluations side by side: summary.json files, or directories of `run` that hold one."""
+    from penstock.deploy.compare import compare as compare_evaluations
+
+    for line in compare_evaluations(evaluations, Path(out)):
+        click.echo(line)
+
+
+@cli.command()
 @CONFIG
 @WORKDIR
 def sweep(config: str, workdir: str | None) -> None:

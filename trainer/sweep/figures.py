@@ -37,6 +37,7 @@ def heatmap(
     axes: tuple[str, str],
     *,
     log: bool = False,
+    span: tuple[float, float] | None = None,
 ) -> str:
     """Values of a grid, lowest row at the bottom, each written into its cell; what is missing stays empty.
 
@@ -44,13 +45,15 @@ def heatmap(
         cells: [rows][columns].
         axes: what columns and rows are.
         log: colours by the logarithm; values of 0 and below get the lowest colour.
+        span: values that colours reach from and to; by default the least and the largest there are.
     """
     known = [value for line in cells for value in line if value is not None]
     if not known:
         return ""
-    scaled = [[_scaled(value, log, known) for value in line] for line in cells]
-    low = min(v for line in scaled for v in line if v is not None)
-    high = max(v for line in scaled for v in line if v is not None)
+    scale = known if span is None else [*known, *span]
+    scaled = [[_scaled(value, log, scale) for value in line] for line in cells]
+    ends = [v for v in (_scaled(value, log, scale) for value in scale) if v is not None]
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
 
     def paint(ax: "Axes") -> None:
         from matplotlib import colormaps
