@@ -19,8 +19,8 @@ ALIKE = 3
 """Hook points with the same grid from which on the page goes by method instead of by hook point."""
 BY_PENALTY = (
     "By penalty and size; the mean where several seeds were trained. α is the penalty of a loss that divides "
-    "the reconstruction error by the width of rows and the L1 by the number of features; λ is what was trained "
-    "with."
+    "the reconstruction error by the width of rows and the L1 by the number of features; λ is what was "
+    "trained with."
 )
 METHODS = {
     "dead_features": "Method 1: ",
