@@ -27,6 +27,7 @@ from penstock.common.errors import UserError
 from penstock.common.model.language_model import LanguageModel
 from penstock.store.corpus import HELD_OUT, Corpus
 from penstock.trainer.judging.measures import divergence
+from penstock.trainer.judging.text import LOGIT_BYTES
 from penstock.trainer.sae import SAE
 
 DENSITY_EDGES = np.linspace(-5.0, 0.0, 51)
@@ -83,6 +84,7 @@ def evaluate(
     Args:
         saes: name -> (hook point, or those of a transcoder, SAE that takes raw activations).
         max_sequences: held-out sequences used, from the start.
+        batch_sequences: of one pass, at most; fewer where their logits would be large.
         progress: called with sequences done and in all.
 
     Returns:
@@ -91,6 +93,8 @@ def evaluate(
     Raises:
         UserError: the corpus holds nothing out.
     """
+    at_once = LOGIT_BYTES // (4 * corpus.manifest.context * model.vocabulary)
+    batch_sequences = max(1, min(batch_sequences, at_once))
     n = min(max_sequences, corpus.manifest.n_held_out)
     if n == 0:
         raise UserError("evaluation: the corpus has no held-out sequences; add text to it")

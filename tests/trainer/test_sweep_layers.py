@@ -93,3 +93,12 @@ def test_few_hook_points_or_other_grids_stay_by_themselves() -> None:
 def test_two_hook_points_keep_their_sections() -> None:
     found = sections(render_sweep(records(HOOKS[:2]), {}, ABOUT).html)
     assert list(found) == [f"standard on {hook}" for hook in HOOKS[:2]]
+
+
+def test_on_the_page_a_layer_with_fewer_dead_features_has_another_colour() -> None:
+    """Within a layer all are the same: only colours over all layers tell them apart."""
+    html = render_sweep(records(), {}, ABOUT).html
+    section = html.split("<h2>Method 1: Dead features, standard</h2>")[1].split("</section>")[0]
+    panels = [set(re.findall(r"fill: (#[0-9a-f]{6})", p)) for p in section.split("<figure")[1:]]
+    assert len(panels) == 6
+    assert len({tuple(sorted(colours)) for colours in panels}) == 6
