@@ -11,7 +11,7 @@ from penstock.common.errors import UserError
 from penstock.trainer.figures import COLORS
 from penstock.trainer.judging.beside import Judged, read_judged, side_by_side
 from penstock.trainer.judging.shown import Shown
-from penstock.trainer.page import Card, number, render
+from penstock.trainer.page import Card, count, number, render
 
 FILES = ("summary.json", "evaluation.json")
 
@@ -38,7 +38,12 @@ def compare(sources: Sequence[str], out: Path) -> list[str]:
         Card(one.title, one.note, one.svg, one.columns, [_cells(row) for row in one.rows], legend)
         for one in figures
     ]
-    out.write_text(render("beside.html", table=table, labels=labels, cards=cards), encoding="utf-8")
+    out.write_text(
+        render(
+            "beside.html", table=table, rows=[_cells(row) for row in table.rows], labels=labels, cards=cards
+        ),
+        encoding="utf-8",
+    )
     return _lines(table)
 
 
@@ -71,7 +76,11 @@ def _csv(shown: Shown) -> str:
 
 
 def _cells(row: Sequence[object]) -> list[str]:
-    return [cell if isinstance(cell, str) else number(cell) for cell in row]
+    return [cell if isinstance(cell, str) else _written(cell) for cell in row]
+
+
+def _written(cell: object) -> str:
+    return count(cell) if isinstance(cell, int) else number(cell)
 
 
 def _lines(table: Shown) -> list[str]:

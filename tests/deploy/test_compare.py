@@ -72,8 +72,8 @@ def test_every_figure_stands_beside_the_others(two: list[str], tmp_path: Path) -
     assert found["a", "ΔCE"] == ["0.25", "0.25"]
     assert found["a", "CE recovered"] == ["0.95", ""], "what is not defined is missing"
     assert found["b", "L0"] == ["31.5", ""]
-    assert found["only-random", "Dead features, held out"] == ["", "7.0"]
-    assert found["a", "Dead features, in training"] == ["5.0", "5.0"]
+    assert found["only-random", "Dead features, held out"] == ["", "7"]
+    assert found["a", "Dead features, in training"] == ["5", "5"]
     figures = [what for name, what in found if name == "a"]
     assert figures[:2] == ["L0", "Explained variance"], "sparsity is always beside quality"
     assert len(figures) == 15

@@ -41,7 +41,7 @@ METRICS = {
 """Field -> what it is called; others follow by their own names."""
 DRAWN = ("explained_variance", "ce_recovered", "delta_ce", "kl", "l0", "dead_features")
 SHARES = ("explained_variance", "ce_recovered")
-"""Their best value is 1. They have no lower limit: what is below 0 is drawn as 0 and written out."""
+"""Their best value is 1. Bars end at 0 and 1; where a share is beyond, its number says so."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _of_summary(summary: Mapping[str, Any]) -> Judged:
     for sae in summary["saes"]:
         trained = {f"training_{key}": sae.get(key) for key in ("l0", "loss", "dead_features")}
         found = {**sae["held_out"], **trained, "d_sae": sae["d_sae"]}
-        figures[sae["name"]] = {key: finite(value) for key, value in found.items() if not _deep(value)}
+        figures[sae["name"]] = _numbers(found)
         places[sae["name"]] = _place(sae)
     return Judged(summary["model"]["name"], summary["dataset"]["corpus"], figures, places)
 
@@ -87,15 +87,15 @@ def _of_summary(summary: Mapping[str, Any]) -> Judged:
 def _of_evaluation(evaluation: Mapping[str, Any]) -> Judged:
     judged = evaluation["experiments"]["overview"]["dictionaries"]
     subject = evaluation["subject"]
-    figures = {
-        name: {k: finite(v) for k, v in found.items() if not _deep(v)} for name, found in judged.items()
-    }
+    figures = {name: _numbers(found) for name, found in judged.items()}
     places = {name: _place(found) for name, found in judged.items()}
     return Judged(subject["model"]["name"], str(subject.get("text", "")), figures, places)
 
 
-def _deep(value: object) -> bool:
-    return isinstance(value, Mapping | list | str)
+def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:
+    """What is a number or missing; counts stay whole."""
+    flat = {key: value for key, value in found.items() if not isinstance(value, Mapping | list | str)}
+    return {key: value if type(value) is int else finite(value) for key, value in flat.items()}
 
 
 def _place(sae: Mapping[str, Any]) -> str:
