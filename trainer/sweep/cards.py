@@ -49,13 +49,13 @@ def heatmap_card(
     which: Heatmap,
     title: str,
     written: dict[str, str],
-    span: tuple[float, float] | None = None,
+    among: Sequence[float] | None = None,
 ) -> Card | None:
     """One figure of a family; None where there is nothing to show.
 
     Args:
         title: of the card.
-        span: what colours reach over, where several heatmaps are to be compared; else its own values.
+        among: what colours reach over, where several heatmaps are to be compared; else its own values.
     """
     field, what, note, log = which
     penalties, sizes = family.penalties, family.sizes
@@ -64,7 +64,7 @@ def heatmap_card(
         return None
     columns, names = _short_labels(penalties), family.size_names()
     told, axes = f"{what} of {family.title} by penalty and size", (_penalty_label(family), "features")
-    svg = figures.heatmap(f"{family.title} {field}", told, columns, names, cells, axes, log=log, span=span)
+    svg = figures.heatmap(f"{family.title} {field}", told, columns, names, cells, axes, log=log, among=among)
     data = [
         {"d_sae": size, "penalty": penalty, field: cells[y][x]}
         for y, size in enumerate(sizes)

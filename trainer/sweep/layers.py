@@ -50,9 +50,9 @@ def by_method(alike: Sequence[Family], written: dict[str, str]) -> list[Group]:
     kind = alike[0].architecture
     groups: list[Group] = []
     for which in sorted(HEATMAPS, key=lambda heatmap: METHODS.get(heatmap[0], "Z")):
-        field, what, note, log = which
-        span = _span(alike, field, log)
-        cards = [heatmap_card(family, which, family.hook_name, written, span) for family in alike]
+        field, what, note, _ = which
+        among = _values(alike, field)
+        cards = [heatmap_card(family, which, family.hook_name, written, among) for family in alike]
         panels = [card for card in cards if card is not None]
         if panels:
             said = f"{note}. A panel for each hook point, with the same colours in all of them. {BY_PENALTY}"
@@ -60,16 +60,10 @@ def by_method(alike: Sequence[Family], written: dict[str, str]) -> list[Group]:
     return groups[: _after_method_2(groups)] + _sticky(alike, written) + groups[_after_method_2(groups) :]
 
 
-def _span(alike: Sequence[Family], field: str, log: bool) -> tuple[float, float] | None:
-    """The least and the largest value of a figure on any hook point; with `log`, of those above 0."""
-    known = [
-        value
-        for family in alike
-        for line in family.cells(field)
-        for value in line
-        if value is not None and math.isfinite(value) and (value > 0 or not log)
-    ]
-    return (min(known), max(known)) if known else None
+def _values(alike: Sequence[Family], field: str) -> list[float]:
+    """Those of a figure on all hook points."""
+    cells = (value for family in alike for line in family.cells(field) for value in line)
+    return [value for value in cells if value is not None and math.isfinite(value)]
 
 
 def _after_method_2(groups: Sequence[Group]) -> int:
