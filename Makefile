@@ -7,11 +7,12 @@ SOURCE ?= light
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo toy test interop peers test-services chaos check format bench clean
+.PHONY: help install demo toy layers test interop peers test-services chaos check format bench clean
 
 help:
 	@echo "make demo WORKDIR=dir   language model -> activations -> SAEs -> report, on this machine"
 	@echo "make toy WORKDIR=dir    a grid of SAEs on data whose features are known -> sweep.html, toy-summary.json"
+	@echo "make layers WORKDIR=dir the same grid on each of the six MLPs of the shipped model -> sweep.html"
 	@echo "make test               tests that need nothing but Python packages"
 	@echo "make interop            exports and imports against SAELens, dictionary_learning and sparsify"
 	@echo "make peers WORKDIR=dir  quality of dictionaries beside these libraries', on the same batches (an hour or two)"
@@ -38,6 +39,9 @@ demo: .venv/installed
 
 toy: .venv/installed
 	$(BIN)/penstock sweep examples/toy.yaml --workdir $(or $(WORKDIR),toy)
+
+layers: .venv/installed
+	$(BIN)/penstock sweep examples/layers.yaml --workdir $(or $(WORKDIR),layers)
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile -m "not services and not long"

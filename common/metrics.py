@@ -33,6 +33,18 @@ sae_dead_window_rows = Gauge(
 sae_explained_variance = Gauge(
     "sae_explained_variance", "1 − residual / total variance over a window", _SAE, registry=REGISTRY
 )
+sae_ce_recovered = Gauge(
+    "sae_ce_recovered",
+    "Cross-entropy recovered against zero ablation, on held-out text, at the last evaluation",
+    _SAE,
+    registry=REGISTRY,
+)
+sae_kl = Gauge(
+    "sae_kl",
+    "KL(clean || with the SAE) of next-token distributions in nats, on held-out text, at the last evaluation",
+    _SAE,
+    registry=REGISTRY,
+)
 sae_train_rows = Counter("sae_train_rows", "Rows trained on", _RUN, registry=REGISTRY)
 sae_steps = Counter("sae_steps", "Optimizer steps", _RUN, registry=REGISTRY)
 sae_step_seconds = Histogram(

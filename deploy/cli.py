@@ -181,11 +181,21 @@ def submit(config: str, workdir: str | None) -> None:
 @CONFIG
 @WORKDIR
 @click.option("--drain", is_flag=True, help="Exit once every submitted run has ended.")
-def train(config: str, workdir: str | None, drain: bool) -> None:
+@click.option(
+    "--evaluate-every",
+    type=click.IntRange(0),
+    metavar="ROWS",
+    help="Evaluate SAEs inside the model each time so many rows were trained on; overrides the config's.",
+)
+def train(config: str, workdir: str | None, drain: bool, evaluate_every: int | None) -> None:
     """One trainer process: carries submitted runs on."""
     from penstock.deploy.processes import train as run_trainer
 
-    run_trainer(_load(config, workdir), drain)
+    loaded = _load(config, workdir)
+    if evaluate_every is not None:
+        changed = loaded.trainer.model_copy(update={"evaluate_every": evaluate_every})
+        loaded = loaded.model_copy(update={"trainer": changed})
+    run_trainer(loaded, drain)
 
 
 @cli.command()
@@ -206,6 +216,17 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
         known = [f"{label} {sae[key]:.3f}" for label, key in told.items() if sae[key] is not None]
         known += [f"L0 {sae['l0']:.1f}", f"{sae['dead_features']} dead"]
         _result(f"{sae['name']}: {', '.join(known)}")
+
+
+@cli.command()
+@click.argument("evaluations", nargs=-1, required=True, metavar="[LABEL=]PATH...")
+@click.option("--out", default="compare.html", show_default=True, help="The page; CSV files go beside it.")
+def compare(evaluations: tuple[str, ...], out: str) -> None:
+    """Evaluations side by side: summary.json files, or directories of `run` that hold one."""
+    from penstock.deploy.compare import compare as compare_evaluations
+
+    for line in compare_evaluations(evaluations, Path(out)):
+        click.echo(line)
 
 
 @cli.command()

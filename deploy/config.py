@@ -26,6 +26,8 @@ class TrainerSettings(Settings):
     """torch device of each trainer: cpu, cuda, cuda:1, …"""
     threads: int | None = Field(None, ge=1)
     """CPU threads per trainer; null leaves it to torch. Runs with `strict` always use one."""
+    evaluate_every: int = Field(0, ge=0)
+    """Rows trained between evaluations inside the language model, each after a head; 0 makes none."""
 
 
 class MetricsSettings(Settings):
@@ -42,6 +44,8 @@ class EvaluationSettings(JudgingSettings):
 
     sequences: int = Field(64, ge=1)
     """Held-out sequences used for the report that ends a run."""
+    live_sequences: int = Field(4, ge=1)
+    """Held-out sequences used by each evaluation during training (trainer.evaluate_every)."""
 
 
 class Config(Settings):

@@ -11,8 +11,13 @@ from penstock.store.truth import Truth, load_truth
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from penstock.common.model.files import ModelFiles
+    from penstock.common.model.language_model import LanguageModel
+    from penstock.store.corpus import Corpus
     from penstock.store.joined import JoinedDataset
     from penstock.trainer.config import RunConfig
+    from penstock.trainer.judging.live import LiveEvaluation
+    from penstock.trainer.judging.text import Text
     from penstock.trainer.sae import SAE
 
 LoadSAEs = Callable[[], "dict[str, SAE]"]
@@ -36,10 +41,24 @@ def evaluate_run(
 
 
 def _on_text(config: Config, run: "RunConfig", load: LoadSAEs, progress: Progress) -> dict[str, Any]:
-    from penstock.common.model.files import find_model
     from penstock.common.model.language_model import LanguageModel
-    from penstock.store.corpus import open_corpus
     from penstock.trainer.evaluate import evaluate
+
+    corpus, files = held_out_text(config, run)
+    # nothing here needs to be bit-identical: use the whole machine
+    model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
+    saes = {name: (sae.settings.hooks, sae) for name, sae in load().items()}
+    return evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
+
+
+def held_out_text(config: Config, run: "RunConfig") -> "tuple[Corpus, ModelFiles]":
+    """The corpus and model of a run.
+
+    Raises:
+        ConfigError, ModelError: those of the config are others.
+    """
+    from penstock.common.model.files import find_model
+    from penstock.store.corpus import open_corpus
 
     corpus = open_corpus(config.corpus.url)
     if corpus.manifest.digest not in [pin.corpus_digest for pin in run.datasets]:
@@ -49,12 +68,44 @@ def _on_text(config: Config, run: "RunConfig", load: LoadSAEs, progress: Progres
     files = find_model(config.model)
     if files.weights_sha256() != run.datasets[0].weights_sha256:
         raise ModelError(
-            f"model.name: the weights of {files.name} differ from those that run {run.run_id} was trained on"
+            f"model: the weights of {files.label} are not those of {run.datasets[0].source}, which run "
+            f"{run.run_id} was trained on; set model.name, weights and weights_seed as its dataset has them"
         )
-    # nothing here needs to be bit-identical: use the whole machine
-    model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
-    saes = {name: (sae.settings.hooks, sae) for name, sae in load().items()}
-    return evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
+    return corpus, files
+
+
+def live_evaluation(config: Config) -> "LiveEvaluation | None":
+    """What evaluates runs while they train; None where `trainer.evaluate_every` asks for nothing.
+
+    Raises:
+        ConfigError: the config is of toy data.
+    """
+    if not config.trainer.evaluate_every:
+        return None
+    if config.toy is not None:
+        raise ConfigError(
+            "trainer.evaluate_every: toy data are made from no model that SAEs could be evaluated inside; "
+            "leave it out"
+        )
+    from penstock.trainer.judging.live import LiveEvaluation
+
+    loaded: list[LanguageModel] = []
+
+    def open_(run: "RunConfig") -> "tuple[LanguageModel, Text]":
+        from penstock.common.model.language_model import LanguageModel
+        from penstock.store.corpus import HELD_OUT
+        from penstock.trainer.judging.text import Text
+
+        corpus, files = held_out_text(config, run)
+        n = min(config.evaluation.live_sequences, corpus.manifest.n_held_out)
+        if n == 0:
+            raise UserError("the corpus has no held-out sequences; add text to it")
+        if not loaded:
+            # no threads: those that the run trains with are none of its business
+            loaded.append(LanguageModel(files, config.model.model_copy(update={"threads": None})))
+        return loaded[0], Text(corpus.tokens(0, n, HELD_OUT), corpus.manifest.special_ids)
+
+    return LiveEvaluation(config.trainer.evaluate_every, open_)
 
 
 def _on_toy(

@@ -219,6 +219,7 @@ def train(config: Config, drain: bool) -> None:
     runs.probe()
 
     from penstock.common.device import open_device
+    from penstock.deploy.evaluation import live_evaluation
     from penstock.trainer.worker import work
     from penstock.trainer.workplace import Workplace
 
@@ -231,6 +232,7 @@ def train(config: Config, drain: bool) -> None:
         device=device,
         threads=config.trainer.threads,
         port=server.port,
+        live=live_evaluation(config),
     )
     _announce_build()
     LOGGER.info("training runs of %s as %s", runs.url, worker, extra={"port": server.port})

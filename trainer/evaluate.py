@@ -8,6 +8,8 @@ input hook point in the clean pass; its variance is that of the output hook poin
     loss = mean Σ_d (x − x̂)² · s², in the units of training (s is the input scale)
     explained variance = 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²
     cross-entropy recovered = (CE_zero − CE_sae) / (CE_zero − CE_clean)
+    ΔCE = CE_sae − CE_clean
+    KL = mean KL(clean ‖ with the SAE) of next-token distributions, in nats
 
 where CE is nats per predicted token and CE_zero replaces activations by zeros: an identity in place of
 the SAE gives 1, a zero dictionary 0.
@@ -24,6 +26,8 @@ from torch import Tensor
 from penstock.common.errors import UserError
 from penstock.common.model.language_model import LanguageModel
 from penstock.store.corpus import HELD_OUT, Corpus
+from penstock.trainer.judging.measures import divergence
+from penstock.trainer.judging.text import LOGIT_BYTES
 from penstock.trainer.sae import SAE
 
 DENSITY_EDGES = np.linspace(-5.0, 0.0, 51)
@@ -46,6 +50,7 @@ class SAETally:
     active: float = 0.0
     fired: Tensor = field(default_factory=lambda: torch.zeros(0))
     cross_entropy: float = 0.0
+    divergence: float = 0.0
 
     def __post_init__(self) -> None:
         self.fired = torch.zeros(self.sae.d_sae, dtype=torch.int64)
@@ -79,6 +84,7 @@ def evaluate(
     Args:
         saes: name -> (hook point, or those of a transcoder, SAE that takes raw activations).
         max_sequences: held-out sequences used, from the start.
+        batch_sequences: of one pass, at most; fewer where their logits would be large.
         progress: called with sequences done and in all.
 
     Returns:
@@ -87,6 +93,8 @@ def evaluate(
     Raises:
         UserError: the corpus holds nothing out.
     """
+    at_once = LOGIT_BYTES // (4 * corpus.manifest.context * model.vocabulary)
+    batch_sequences = max(1, min(batch_sequences, at_once))
     n = min(max_sequences, corpus.manifest.n_held_out)
     if n == 0:
         raise UserError("evaluation: the corpus has no held-out sequences; add text to it")
@@ -100,15 +108,18 @@ def evaluate(
         tokens = torch.from_numpy(corpus.tokens(start, min(n, start + batch_sequences), HELD_OUT)).long()
         keep = ~torch.isin(tokens, special)
         captured = {hook: acts.float().cpu() for hook, acts in model.activations(tokens, wanted).items()}
+        unchanged = _logits(model, tokens, keep)
+        clean += _cross_entropy(unchanged, tokens, keep)
         for hook, tally in hooks.items():
             add_hook(tally, captured[hook][keep])
-            tally.zero += _cross_entropy(model, tokens, keep, hook, torch.zeros_like)
+            tally.zero += _cross_entropy(_logits(model, tokens, keep, hook, torch.zeros_like), tokens, keep)
         for sae_tally in tallies.values():
             x = captured[sae_tally.hook_name]
             _add_sae(sae_tally, x[keep], captured[sae_tally.hook_out][keep])
             arm = _replacement(sae_tally, x.flatten(0, 1))
-            sae_tally.cross_entropy += _cross_entropy(model, tokens, keep, sae_tally.hook_out, arm)
-        clean += _cross_entropy(model, tokens, keep, None, None)
+            logits = _logits(model, tokens, keep, sae_tally.hook_out, arm)
+            sae_tally.cross_entropy += _cross_entropy(logits, tokens, keep)
+            sae_tally.divergence += _divergence(unchanged, logits, keep)
         controls = controls or _controls(model, tokens, keep, next(iter(hooks)), clean)
         predictions += int(keep[:, :-1].sum())
         progress(min(n, start + batch_sequences), n)
@@ -132,11 +143,12 @@ def _controls(
 ) -> dict[str, float]:
     """The measurement measured: dictionaries whose score is known, on one batch."""
     arms: dict[str, Replacement] = {"identity": lambda x: x, "zero": lambda x: x * 0}
-    zero = _cross_entropy(model, tokens, keep, hook, torch.zeros_like)
-    return {
-        f"{name}_ce_recovered": recovered(clean, _cross_entropy(model, tokens, keep, hook, arm), zero)
-        for name, arm in arms.items()
-    }
+
+    def loss(arm: Replacement) -> float:
+        return _cross_entropy(_logits(model, tokens, keep, hook, arm), tokens, keep)
+
+    zero = loss(torch.zeros_like)
+    return {f"{name}_ce_recovered": recovered(clean, loss(arm), zero) for name, arm in arms.items()}
 
 
 def density(fired: Tensor, rows: int) -> dict[str, Any]:
@@ -179,14 +191,14 @@ def _add_sae(tally: SAETally, rows: Tensor, targets: Tensor) -> None:
     tally.fired += (acts > 0).sum(0)
 
 
-def _cross_entropy(
+def _logits(
     model: LanguageModel,
     tokens: Tensor,
     keep: Tensor,
-    hook_name: str | None,
-    replacement: Replacement | None,
-) -> float:
-    """Sum of −ln p(next token) over kept positions, with one hook point replaced there."""
+    hook_name: str | None = None,
+    replacement: Replacement | None = None,
+) -> Tensor:
+    """Of every prediction [B, C − 1, V] float32, with one hook point replaced at kept positions."""
     splice: dict[str, Replacement] = {}
     if hook_name is not None and replacement is not None:
         mask = keep.to(model.device)[..., None]
@@ -197,11 +209,24 @@ def _cross_entropy(
             return torch.where(mask, replaced, acts)
 
         splice = {hook_name: function}
-    logits = model.logits(tokens, splice)[:, :-1].float()
+    return model.logits(tokens, splice)[:, :-1].float()
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, keep: Tensor) -> float:
+    """Sum of −ln p(next token) over kept positions."""
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device), reduction="none"
     )
     return float(losses[keep[:, :-1].flatten().to(losses.device)].double().sum())
+
+
+def _divergence(clean: Tensor, spliced: Tensor, keep: Tensor) -> float:
+    """Sum of KL(clean ‖ spliced) over kept positions."""
+    # a sequence at a time: what is computed in float64 is several times as large as logits
+    return sum(
+        float(divergence(p[None], q[None])[0, kept].sum())
+        for p, q, kept in zip(clean, spliced, keep[:, :-1].to(clean.device), strict=True)
+    )
 
 
 def _figures(tally: SAETally, hook: HookTally, base: float, predictions: int) -> dict[str, Any]:
@@ -215,6 +240,8 @@ def _figures(tally: SAETally, hook: HookTally, base: float, predictions: int) ->
         "ce_spliced": spliced,
         "ce_zero": zero,
         "ce_recovered": recovered(base, spliced, zero),
+        "delta_ce": spliced - base,
+        "kl": tally.divergence / predictions,
         "dead_features": int((tally.fired == 0).sum()),
         "density": density(tally.fired, hook.rows),
     }

@@ -57,6 +57,8 @@ def _figures(tally: SAETally, target: HookTally) -> dict[str, Any]:
         "ce_spliced": None,
         "ce_zero": None,
         "ce_recovered": None,
+        "delta_ce": None,
+        "kl": None,
         "dead_features": int((tally.fired == 0).sum()),
         "density": density(tally.fired, target.rows),
     }

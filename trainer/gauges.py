@@ -1,5 +1,7 @@
 """What /metrics says of the run that a worker holds, or held last."""
 
+from collections.abc import Mapping
+
 from prometheus_client import Gauge
 
 from penstock.common import metrics
@@ -46,6 +48,14 @@ class RunGauges:
                 else:
                     component = "total" if name == "loss" else name
                     self._show(metrics.sae_loss, value, run, sae, component)
+
+    def inside_model(self, run: str, figures: Mapping[str, Mapping[str, float | None]]) -> None:
+        """What SAEs are worth inside the language model, as `judging.live` measures it."""
+        for sae, values in figures.items():
+            for gauge, name in ((metrics.sae_ce_recovered, "ce_recovered"), (metrics.sae_kl, "kl")):
+                value = values[name]
+                if value is not None:
+                    self._show(gauge, value, run, sae)
 
     def forget(self) -> None:
         """The run is somebody else's now."""

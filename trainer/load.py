@@ -1,7 +1,7 @@
 """Trained SAEs for use: `load_sae(run_url, name)` in a notebook, without Redis."""
 
 import safetensors.torch
-import torch
+from torch import Tensor
 
 from penstock.common.errors import ObjectMissing, UserError, nearest
 from penstock.store.heads import Head, newest_head
@@ -53,15 +53,19 @@ def load_saes(
     files = load_checkpoint(runs, config.run_id, head, [f"sae/{name}" for name in wanted])
     loaded = {}
     for name in wanted:
-        weights = safetensors.torch.load(files[f"sae/{name}"])
-        scale = float(weights.pop("scale"))
-        scale_out = float(weights.pop("scale_out", torch.tensor(scale)))
-        own = settings[name]
-        sae = build(config.widths[own.hook_name], own, config.widths[own.hooks[-1]])
-        sae.load_state_dict(weights)
-        sae.fold_scale(scale, scale_out)
-        loaded[name] = sae.eval().requires_grad_(False)
+        loaded[name] = inference_sae(config, name, safetensors.torch.load(files[f"sae/{name}"]))
     return loaded
+
+
+def inference_sae(config: RunConfig, name: str, weights: dict[str, Tensor]) -> SAE:
+    """An SAE of a run from its weights as checkpoints hold them, scale folded, in evaluation mode."""
+    own = next(sae for sae in config.settings.saes if sae.name == name)
+    parameters = {key: value for key, value in weights.items() if key not in ("scale", "scale_out")}
+    scale = float(weights["scale"])
+    sae = build(config.widths[own.hook_name], own, config.widths[own.hooks[-1]])
+    sae.load_state_dict(parameters)
+    sae.fold_scale(scale, float(weights.get("scale_out", weights["scale"])))
+    return sae.eval().requires_grad_(False)
 
 
 def split_run_url(run_url: str) -> tuple[ObjectStore, str]:

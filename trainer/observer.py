@@ -1,21 +1,25 @@
 """What the training loop is seen by: metrics, heartbeats, status, and the queue's picture of the run."""
 
+import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 
 from penstock.common import metrics
+from penstock.common.errors import PenstockError
 from penstock.common.heartbeat import Heartbeat
 from penstock.common.logs import LOGGER
-from penstock.store.heads import Head
-from penstock.store.objects import ObjectStore
+from penstock.store.heads import Head, newest_head
 from penstock.store.queue import Feed, Presence, RunQueue
 from penstock.trainer.gauges import RunGauges
 from penstock.trainer.group import Group
 from penstock.trainer.pending import reconcile_runs
 from penstock.trainer.supply import Supply
 from penstock.trainer.workplace import Workplace, forgiving
+
+if TYPE_CHECKING:
+    from penstock.trainer.judging.live import LiveEvaluation
 
 RECONCILE_SECONDS = 15.0
 """The queue of runs is compared with the store this often."""
@@ -49,7 +53,8 @@ class RunObserver:
         voice: Voice,
         supply: Supply,
         group: Group,
-        runs: ObjectStore,
+        place: Workplace,
+        stop: threading.Event,
     ) -> None:
         self._queue = queue
         self._feed = feed
@@ -58,10 +63,12 @@ class RunObserver:
         self._supply = supply
         self._run = group.config.run_id
         self._rows_seen = group.rows
-        self._runs = runs
+        self._place, self._runs, self._stop = place, place.runs, stop
         self._reconciled = time.monotonic()
         voice.gauges.begin(group.config)
         voice.gauges.figures(self._run, group.figures)
+        if place.live is not None:
+            place.live.begin(group.config)
 
     def stepped(self, group: Group, seconds: float) -> None:
         self._heartbeat.beat()
@@ -86,6 +93,37 @@ class RunObserver:
         LOGGER.info("head %d at position %d of run %s", head.n, head.position, self._run)
         forgiving(lambda: self._queue.add(self._run, head.position))
         forgiving(lambda: self._feed.trim(head.position))
+        live = self._place.live
+        if live is not None and live.due(group) and not self._stop.is_set():
+            self._look_inside(live, group, head)
+
+    def _look_inside(self, live: "LiveEvaluation", group: Group, head: Head) -> None:
+        """Publish what the SAEs are worth inside the model, unless the run was lost meanwhile."""
+        started = time.monotonic()
+
+        def going() -> bool:
+            self._heartbeat.beat()
+            return not self._stop.is_set()
+
+        figures = live.figures(group, going)
+        if figures is None:
+            return
+        if self._lost(head):
+            LOGGER.warning("run %s is another worker's now; its evaluation is discarded", self._run)
+            return
+        seconds = time.monotonic() - started
+        LOGGER.info("run %s evaluated inside the model in %.1f s", self._run, seconds)
+        self._voice.gauges.inside_model(self._run, figures)
+
+    def _lost(self, head: Head) -> bool:
+        """Whether somebody else has the run: a lease of theirs says so, or a head that follows ours."""
+        try:
+            holder = self._queue.holder(self._run)
+            newest = newest_head(self._runs, self._run)
+        except (redis.RedisError, PenstockError) as error:
+            LOGGER.warning("run %s: nobody tells whether it is still held: %s", self._run, error)
+            return True
+        return holder not in (None, self._place.worker) or newest is None or newest.n != head.n
 
     def should_hand_over(self, group: Group) -> bool:
         try:

@@ -199,7 +199,7 @@ def carry_on(
     supply = Supply(feed, data, mender, register, leave, heartbeat.beat)
     reader = WindowReader(data, config.hooks, config.order, supply)
     loader = place.loader(reader, config.order.window_starting_at(group.position))
-    observer = RunObserver(queue, feed, heartbeat, voice, supply, group, place.runs)
+    observer = RunObserver(queue, feed, heartbeat, voice, supply, group, place, stop)
     if lineage.head.n > 0:
         voice.gauges.taken_over(run_id, lineage.takeover.time)
     outcome: Outcome | None = None

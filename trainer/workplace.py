@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 import torch
@@ -22,6 +22,9 @@ from penstock.trainer.config import RunConfig, open_pinned
 from penstock.trainer.group import Group
 from penstock.trainer.loop import Loader
 
+if TYPE_CHECKING:
+    from penstock.trainer.judging.live import LiveEvaluation
+
 _THREADS = torch.get_num_threads()
 """What torch chose for this machine, before any strict run."""
 
@@ -35,6 +38,7 @@ class Workplace:
         loader: reads windows from a number on.
         heartbeat: calls a function as long as there is progress.
         open_data: opens the datasets of a run.
+        live: evaluates SAEs inside the model while they train, if anything does.
     """
 
     runs: ObjectStore
@@ -48,6 +52,7 @@ class Workplace:
     loader: Callable[[WindowReader, int], Loader] = WindowLoader
     heartbeat: Callable[[Callable[[], None], float, Health], Heartbeat] = Heartbeat
     open_data: Callable[[RunConfig], JoinedDataset] = open_pinned
+    live: "LiveEvaluation | None" = None
 
     def environment(self, strict: bool) -> dict[str, Any]:
         """What the bits of a training depend on."""

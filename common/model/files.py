@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from penstock.common.errors import ModelError, nearest
 from penstock.common.settings import Settings
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BUILTIN = "builtin:"
+
+Weights = Literal["trained", "random", "random-keep-embeddings"]
+"""The model's own weights, or those of a control: drawn anew, all of them or all but the embeddings."""
 
 
 class ModelSettings(Settings):
@@ -34,24 +37,48 @@ class ModelSettings(Settings):
     and serves hook points at the edges of the model's modules only. Bits depend on it."""
     threads: int | None = Field(1, ge=1)
     """CPU threads per producer; null leaves it to torch. Bits depend on it."""
+    weights: Weights = "trained"
+    """trained, or a control of the same architecture: random as the architecture begins, or
+    random-keep-embeddings, which keeps the tables of tokens and positions (docs/judging.md)."""
+    weights_seed: int = Field(0, ge=0)
+    """Seed of random weights."""
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _is_known(cls, value: object) -> object:
+        known = get_args(Weights)
+        if isinstance(value, str) and value not in known:
+            raise ValueError(f"no weights {value!r}.{nearest(value, known)} There are {', '.join(known)}")
+        return value
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model directory on this machine. `revision` is the hub commit, if it came from there."""
+    """A model directory on this machine, and which weights are meant.
+
+    Attributes:
+        revision: the hub commit, if it came from there.
+    """
 
     name: str
     directory: Path
     revision: str | None
+    weights: Weights = "trained"
+    weights_seed: int = 0
 
     @property
     def label(self) -> str:
         """What manifests call it: a local directory by its last part, so that moving it is harmless."""
         path = Path(self.name).expanduser()
-        return path.resolve().name if path.is_dir() else self.name
+        name = path.resolve().name if path.is_dir() else self.name
+        return name if self.weights == "trained" else f"{name} ({self.weights}, seed {self.weights_seed})"
 
     def weights_sha256(self) -> str:
-        """SHA-256 over the safetensors files in order of their names."""
+        """SHA-256 over the safetensors files in order of their names, or over the weights that are drawn."""
+        if self.weights != "trained":
+            from penstock.common.model.random_weights import random_weights_sha256
+
+            return random_weights_sha256(self)
         digest = hashlib.sha256()
         for file in self.weight_files():
             with open(file, "rb") as stream:
@@ -88,6 +115,11 @@ def find_model(settings: ModelSettings) -> ModelFiles:
     Raises:
         ModelError: neither a directory nor reachable; one line says which was tried.
     """
+    found = _find(settings)
+    return replace(found, weights=settings.weights, weights_seed=settings.weights_seed)
+
+
+def _find(settings: ModelSettings) -> ModelFiles:
     name = settings.name
     if name.startswith(BUILTIN):
         root = Path(str(files("penstock.common.model")))

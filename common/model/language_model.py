@@ -7,7 +7,6 @@ Which one serves is settled by comparing them; the bridge normalises as transfor
 Shapes: B sequences, C context (positions), D width of a hook point, V vocabulary, N rows.
 """
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,6 +18,8 @@ from penstock.common.device import open_device
 from penstock.common.errors import ModelError, nearest
 from penstock.common.memory import free_bytes
 from penstock.common.model.files import ModelFiles, ModelSettings
+from penstock.common.model.offline import quiet_transformers
+from penstock.common.model.random_weights import random_model
 from penstock.common.model.taps import See, TappedModel
 from penstock.common.model.unembedding import direct_logits
 
@@ -270,19 +271,19 @@ def _check_fits(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _boot(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Any:
-    # the files are here; without this a missing optional file means retries against the hub
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import logging
-
-    import transformers
+    quiet_transformers()
     from transformer_lens.model_bridge import TransformerBridge
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger().setLevel(logging.ERROR)
+    given = {}
+    if files.weights != "trained":
+        model = random_model(files)
+        for parameter in model.parameters():
+            # buffers keep their type, as they do when weights are loaded
+            parameter.data = parameter.data.to(dtype)
+        given["hf_model"] = model.to(device)
     try:
         bridge = TransformerBridge.boot_transformers(
-            str(files.directory.absolute()), device=device, dtype=dtype
+            str(files.directory.absolute()), device=device, dtype=dtype, **given
         )
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(f"model.name: {files.name} does not fit on {device}") from error

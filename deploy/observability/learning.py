@@ -72,6 +72,28 @@ LEARNING = Dashboard(
             ],
         ),
         Row(
+            "Inside the language model",
+            [
+                Panel(
+                    "Cross-entropy recovered",
+                    [Query(f"sae_ce_recovered{{{RUN}}}", SAE)],
+                    unit="percentunit",
+                    text="Of what zeros in its place would lose, on a few held-out sequences, each time that "
+                    "trainer.evaluate_every rows were trained on; empty where that is 0. It rises.",
+                    width=12,
+                    top=1,
+                ),
+                Panel(
+                    "KL divergence",
+                    [Query(f"sae_kl{{{RUN}}}", SAE)],
+                    text="In nats per token, from the model's predictions to those with the SAE in place. "
+                    "It falls.",
+                    width=12,
+                    log=True,
+                ),
+            ],
+        ),
+        Row(
             "Sparsity",
             [
                 Panel(

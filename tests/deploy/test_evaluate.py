@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from penstock.common.documents import is_held_out
 from penstock.common.errors import ConfigError, ModelError, UserError
 from penstock.common.model import language_model
 from penstock.common.model.files import ModelFiles
@@ -20,7 +21,6 @@ from penstock.deploy.config import Config, load_config
 from penstock.deploy.counting import Counting
 from penstock.deploy.judge import Judged, judge
 from penstock.deploy.processes import build_corpus
-from penstock.producer.text import is_held_out
 from penstock.store.corpus import HELD_OUT, corpus_arrays, open_corpus
 from penstock.store.dataset import open_dataset
 from penstock.trainer.judging import experiments

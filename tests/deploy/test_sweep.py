@@ -127,7 +127,7 @@ def test_a_grid_in_a_config_is_refused_in_one_line(tmp_path: Path) -> None:
         load_config(str(file))
 
 
-@pytest.mark.parametrize(("name", "dictionaries"), [("toy", 36), ("toy-full", 136)])
+@pytest.mark.parametrize(("name", "dictionaries"), [("toy", 36), ("toy-full", 136), ("layers", 54)])
 def test_the_examples(name: str, dictionaries: int) -> None:
     examples = Path(__file__).parents[2] / "examples"
     config = load_config(str(examples / f"{name}.yaml"))

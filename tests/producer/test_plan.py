@@ -1,16 +1,20 @@
 """From settings to the manifest: chunk sizes, row counts, refusals."""
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from penstock.common.errors import ConfigError, ModelError
+from penstock.common.errors import ConfigError, ModelError, PlanMismatch
+from penstock.common.model.files import ModelSettings, find_model
+from penstock.common.model.language_model import LanguageModel
 from penstock.producer.memory import STORE_THREADS, bytes_held, store_threads
 from penstock.producer.plan import DatasetSettings, plan_dataset
 from penstock.store.arrays import BLOSC
 from penstock.store.corpus import Corpus
-from penstock.store.manifest import Manifest
+from penstock.store.manifest import Manifest, publish_manifest
+from penstock.store.objects import open_store
 from services.lm import MLP_2, RESID_3, shipped_model, shipped_tokenizer
 
 MIB = 2**20
@@ -155,3 +159,18 @@ def test_a_compressed_dataset_pins_its_compressor(small_corpus: Corpus) -> None:
     assert compressed.numerics.libraries == f"{plain.numerics.libraries}, numcodecs {version('numcodecs')}"
     assert compressed.rows == plain.rows
     assert compressed.chunk_bytes() == plain.chunk_bytes() + 2 * 16
+
+
+def test_a_control_is_never_taken_for_the_trained_model(small_corpus: Corpus, tmp_path: Path) -> None:
+    trained = plan(small_corpus)
+    store = open_store(str(tmp_path / "dataset"))
+    publish_manifest(store, trained)
+    control = ModelSettings(weights="random-keep-embeddings")
+    model = LanguageModel(find_model(control), control)
+    settings = DatasetSettings(hooks=[RESID_3, MLP_2], sequences_per_chunk=7, sequences_per_forward=3)
+    pin = plan_dataset(settings, small_corpus, model).source
+    assert pin.name == "builtin:pystd-6l (random-keep-embeddings, seed 0)"
+    assert pin.weights_sha256 == model.files.weights_sha256()
+    same_name = trained.model_copy(update={"source": pin.model_copy(update={"name": trained.source.name})})
+    with pytest.raises(PlanMismatch, match=r"source\.weights_sha256 is 29b7\S+ there and 97d8\S+ here"):
+        publish_manifest(store, same_name)

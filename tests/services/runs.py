@@ -13,6 +13,7 @@ from penstock.store.heads import Head, chain, newest_head
 from penstock.store.joined import JoinedDataset
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import ResolvedSettings, RunConfig, submit_run
+from penstock.trainer.judging.live import LiveEvaluation
 from penstock.trainer.worker import work
 from penstock.trainer.workplace import Workplace
 from services.synthetic import MLP, RESID
@@ -66,6 +67,7 @@ class Bench:
         self.runs = runs
         self.client = client
         self.redis = RedisSettings(prefix=prefix, lease_seconds=lease_seconds)
+        self.live: LiveEvaluation | None = None
         self._workers = 0
 
     def submit(self, dataset: Dataset, budget_chunks: int | None = None, **changes: Any) -> RunConfig:
@@ -90,6 +92,7 @@ class Bench:
             device=torch.device("cpu"),
             threads=1,
             port=-1,
+            live=self.live,
         )
 
     def work(self, stop: threading.Event | None = None, drain: bool = True) -> None:

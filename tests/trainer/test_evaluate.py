@@ -263,3 +263,26 @@ def test_density_counts_features_by_how_often_they_fire() -> None:
 def test_recovered_is_the_share_of_the_gap_that_is_closed() -> None:
     assert recovered(3.0, 3.5, 8.0) == pytest.approx(0.9)
     assert np.isnan(recovered(3.0, 3.0, 3.0))
+
+
+def test_the_divergence_is_that_of_the_distributions(
+    result: dict[str, Any], corpus: Corpus, topk: SAE
+) -> None:
+    tokens, keep = held_out(corpus)
+
+    def spliced(acts: Tensor) -> Tensor:
+        return torch.where(keep[..., None], topk(acts.flatten(0, 1)).view_as(acts), acts)
+
+    p, q = (
+        torch.log_softmax(logits[:, :-1][keep[:, :-1]].double(), -1)
+        for logits in (
+            shipped_model().logits(tokens),
+            shipped_model().logits(tokens, {RESID_3: spliced}),
+        )
+    )
+    figures = result["saes"]["topk"]
+    assert figures["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert figures["delta_ce"] == figures["ce_spliced"] - figures["ce_clean"]
+    assert figures["kl"] != pytest.approx(figures["delta_ce"], rel=1e-3), "they are not the same figure"
+    assert result["saes"]["identity"]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert result["saes"]["zero"]["kl"] > 0.5

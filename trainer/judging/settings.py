@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from penstock.common.settings import Settings
+from penstock.trainer.judging.task_settings import AblationSettings, ClozeSettings, FeatureScoreSettings
 
 
 class ContextSettings(Settings):
@@ -35,3 +36,9 @@ class JudgingSettings(Settings):
     """Held-out sequences that dictionaries are judged on."""
     contexts: ContextSettings = ContextSettings()
     """Features in context."""
+    cloze: ClozeSettings = ClozeSettings()
+    """Prompts whose next word is known."""
+    feature_scores: FeatureScoreSettings = FeatureScoreSettings()
+    """Features judged by the prompts that they are active on."""
+    ablation: AblationSettings = AblationSettings()
+    """Features taken out one by one."""

@@ -37,20 +37,23 @@ def heatmap(
     axes: tuple[str, str],
     *,
     log: bool = False,
+    among: Sequence[float] | None = None,
 ) -> str:
     """Values of a grid, lowest row at the bottom, each written into its cell; what is missing stays empty.
 
     Args:
         cells: [rows][columns].
         axes: what columns and rows are.
-        log: colours by the logarithm; values of 0 and below get the lowest colour.
+        log: colours by the logarithm; values of 0 and below get a colour below the lowest of the others.
+        among: values that colours reach over, these among them; by default these alone.
     """
     known = [value for line in cells for value in line if value is not None]
     if not known:
         return ""
-    scaled = [[_scaled(value, log, known) for value in line] for line in cells]
-    low = min(v for line in scaled for v in line if v is not None)
-    high = max(v for line in scaled for v in line if v is not None)
+    scale = known if among is None else among
+    scaled = [[_scaled(value, log, scale) for value in line] for line in cells]
+    ends = [v for v in (_scaled(value, log, scale) for value in scale) if v is not None]
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
 
     def paint(ax: "Axes") -> None:
         from matplotlib import colormaps
@@ -132,5 +135,5 @@ def _scaled(value: float | None, log: bool, known: Sequence[float]) -> float | N
     if not log:
         return value
     positive = [v for v in known if v > 0 and math.isfinite(v)]
-    floor = min(positive, default=1.0)
+    floor = min(positive, default=1.0) / 2
     return math.log(max(value, floor))

@@ -90,7 +90,7 @@ def test_each_dashboard_leads_to_the_others_and_marks_takeovers() -> None:
 
 
 QUESTIONS = {
-    "learning": "sae_loss sae_l0 sae_explained_variance sae_dead_features",
+    "learning": "sae_loss sae_l0 sae_explained_variance sae_dead_features sae_ce_recovered sae_kl",
     "feeding": "sae_data_wait_seconds_total penstock_backlog_chunks penstock_chunk_read_seconds_bucket "
     "penstock_chunk_write_seconds_bucket penstock_producer_rows_total "
     "penstock_producer_blocked_seconds_total",
