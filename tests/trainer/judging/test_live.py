@@ -159,6 +159,7 @@ def test_a_run_that_was_lost_publishes_nothing(
     bench: Bench, wide: Dataset, short: Opened, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another worker takes the run over while its SAEs are being looked at."""
+    config = bench.submit(wide, name=next(NAMES))
     published: list[int] = []
     monkeypatch.setattr(RunGauges, "inside_model", lambda *_: published.append(bench.head(config).n))
     taken: list[int] = []
@@ -170,7 +171,6 @@ def test_a_run_that_was_lost_publishes_nothing(
             taken.append(lineage.takeover.n)
         return short
 
-    config = bench.submit(wide, name=next(NAMES))
     bench.live = LiveEvaluation(1, open_)
     bench.work()
     assert bench.head(config).status == "done"
