@@ -37,8 +37,8 @@ class JudgingSettings(Settings):
     contexts: ContextSettings = ContextSettings()
     """Features in context."""
     cloze: ClozeSettings = ClozeSettings()
-    """Prompts whose next word is known."""
+    """Tasks: prompts whose next word is known."""
     feature_scores: FeatureScoreSettings = FeatureScoreSettings()
-    """Features judged by the prompts that they are active on."""
+    """Scores of features on the tasks."""
     ablation: AblationSettings = AblationSettings()
-    """Features taken out one by one."""
+    """Features taken out on the tasks."""
