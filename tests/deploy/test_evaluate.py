@@ -283,7 +283,15 @@ def test_progress_tells_the_rate_and_the_time_left() -> None:
 
 @pytest.mark.long
 def test_a_killed_process_goes_on_where_it_was(small_run: Path, run_url: str, tmp_path: Path) -> None:
-    arguments = ("evaluate", small_run.parent / "config.yaml", run_url, "--out", tmp_path / "out")
+    two = ("--only", "overview", "--only", "positions", "--sequences", 8)
+    arguments = (
+        "evaluate",
+        small_run.parent / "config.yaml",
+        run_url,
+        *map(str, two),
+        "--out",
+        tmp_path / "out",
+    )
     process = start(*arguments)
     kept = tmp_path / "out" / "parts" / "overview.json"
     eventually(kept.exists, 120)
