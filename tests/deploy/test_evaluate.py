@@ -3,8 +3,6 @@
 import csv
 import json
 import logging
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penstock.common.documents import is_held_out
 from penstock.common.errors import ConfigError, ModelError, UserError
 from penstock.common.model import language_model
 from penstock.common.model.files import ModelFiles
@@ -21,7 +18,7 @@ from penstock.deploy.config import Config, load_config
 from penstock.deploy.counting import Counting
 from penstock.deploy.judge import Judged, judge
 from penstock.deploy.processes import build_corpus
-from penstock.store.corpus import HELD_OUT, corpus_arrays, open_corpus
+from penstock.store.corpus import HELD_OUT, TRAIN, Corpus, corpus_arrays, open_corpus
 from penstock.store.dataset import open_dataset
 from penstock.trainer.judging import experiments
 from services.command import called, penstock, start
@@ -99,6 +96,15 @@ def without_environment(out: Path) -> str:
     found = read(out)
     del found["environment"]
     return json.dumps(found)
+
+
+def documents_of(corpus: Corpus, split: str) -> set[str]:
+    """Names of the documents whose tokens are in a split."""
+    names = corpus.documents()
+    spec = next(s for s in corpus_arrays(corpus.manifest) if s.path == f"{split}/document")
+    blocks = [corpus.block(spec, i) for i in range(len(corpus.manifest.blocks[spec.path]))]
+    numbers = np.unique(np.concatenate(blocks)[: corpus.n_sequences(split)])
+    return {names[number] for number in numbers if number >= 0}
 
 
 SAES = ("resid-topk", "mlp-l1")
@@ -208,10 +214,10 @@ def test_a_longer_context_is_packed_anew_and_warned_of(
     (packed,) = (tmp_path / "out").glob("corpus-256-*")
     longer, own = open_corpus(str(packed)), open_corpus(config.corpus.url)
     assert longer.manifest.held_out_rule == own.manifest.held_out_rule
-    documents = longer.documents()
-    spec = next(s for s in corpus_arrays(longer.manifest) if s.path == f"{HELD_OUT}/document")
-    judged = np.unique(longer.block(spec, 0)[: text["sequences"]])
-    assert all(is_held_out(documents[i]) for i in judged if i >= 0)
+    judged, trained = documents_of(longer, HELD_OUT), documents_of(own, TRAIN)
+    assert judged
+    assert trained
+    assert not judged & trained
     # the same call again packs nothing and measures nothing
     evaluate("overview", context=256)
     assert counts == {BASE[0]: 1}
@@ -283,20 +289,14 @@ def test_progress_tells_the_rate_and_the_time_left() -> None:
 
 @pytest.mark.long
 def test_a_killed_process_goes_on_where_it_was(small_run: Path, run_url: str, tmp_path: Path) -> None:
-    two = ("--only", "overview", "--only", "positions", "--sequences", 8)
-    arguments = (
-        "evaluate",
-        small_run.parent / "config.yaml",
-        run_url,
-        *map(str, two),
-        "--out",
-        tmp_path / "out",
-    )
-    process = start(*arguments)
+    few = ("--only", "overview", "--only", "positions", "--sequences", "4")
+    arguments = ("evaluate", small_run.parent / "config.yaml", run_url, *few, "--out", tmp_path / "out")
     kept = tmp_path / "out" / "parts" / "overview.json"
-    eventually(kept.exists, 120)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    with start(*arguments) as process:
+        try:
+            eventually(kept.exists, 120)
+        finally:
+            process.kill()
     before = kept.stat().st_mtime_ns
     result = penstock(*arguments)
     assert result.returncode == 0, result.stderr

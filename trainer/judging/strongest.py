@@ -53,7 +53,7 @@ class Activity:
         by_feature = torch.where(active, acts, -math.inf).T
         values, rows = by_feature.topk(min(self.values.shape[1], len(acts)), dim=1)
         together = torch.cat([self.values, values], 1)
-        # of equal activations the earlier one stays
+        # of equal activations those added earlier stay
         kept, order = together.sort(dim=1, descending=True, stable=True)
         k = self.values.shape[1]
         self.values = kept[:, :k]

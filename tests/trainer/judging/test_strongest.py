@@ -40,11 +40,11 @@ def test_sums_are_those_of_all_rows_at_once(acts: torch.Tensor, at_once: int) ->
     assert activity.places[5, 0] == 1077
 
 
-def test_the_earlier_of_equal_activations_stays() -> None:
-    activity = Activity(1, 2, torch.device("cpu"))
-    for start in range(4):
+def test_of_equal_activations_those_added_earlier_stay() -> None:
+    activity = Activity(1, 100, torch.device("cpu"))
+    for start in range(150):
         activity.add(torch.tensor([[2.0]]), start)
-    assert activity.places.tolist() == [[0, 1]]
+    assert activity.places.tolist() == [list(range(100))]
 
 
 def test_histograms_count_every_activation_in_its_bin(acts: torch.Tensor) -> None:
