@@ -122,9 +122,10 @@ def side_by_side(judged: Sequence[Judged]) -> list[Shown]:
             if any(value is not None for value in values):
                 rows.append([name, place, METRICS.get(field, field), *values])
     texts = dict.fromkeys(one.text for one in judged)
-    note = "CE, ΔCE and KL in nats per token. " + (
-        "All on the same text" if len(texts) == 1 else "Not on the same text: compare with care"
+    note = (
+        "CE, ΔCE and KL in nats per token; CE recovered means nothing where CE zero is not above CE clean. "
     )
+    note += "All on the same text" if len(texts) == 1 else "Not on the same text: compare with care"
     table = Shown("beside", "Side by side", note, ["SAE", "Hook point", "Figure", *labels], rows)
     return [table, *(_bars(judged, saes, field) for field in DRAWN if field in fields)]
 
