@@ -55,14 +55,22 @@ def by_position(
 ) -> Markup:
     """A line with its 95 % band per dictionary, each named at its end; where training ended is marked.
 
-    The scale is logarithmic where values differ much and are above 0. The view never goes beyond `view`.
+    The scale is logarithmic where values differ much and are above 0.
+
+    Args:
+        view: what values are of interest. The scale is linear and never goes beyond; a position whose band
+            alone is as wide is left out.
     """
-    shown = [(color, line, line.points()) for color, line in enumerate(lines)]
+    width = view[1] - view[0]
+    shown = [
+        (color, line, [point for point in line.points() if 2 * point[2] < width])
+        for color, line in enumerate(lines)
+    ]
     shown = [entry for entry in shown if entry[2]]
     if not shown:
         return Markup("")
     values = [mean for _, _, points in shown for _, mean, _ in points]
-    log_y = min(values) > 0 and max(values) > 8 * min(values)
+    log_y = math.isinf(width) and min(values) > 0 and max(values) > 8 * min(values)
 
     def paint(ax: "Axes") -> None:
         for color, _, points in shown:

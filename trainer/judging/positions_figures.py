@@ -220,7 +220,8 @@ def _cut(metric: str) -> str:
     if metric not in VIEWS:
         return ""
     low, high = VIEWS[metric]
-    return f". The view ends at {low:g} and {high:g}".replace("-", "\N{MINUS SIGN}")
+    view = f"{low:g} to {high:g}".replace("-", "\N{MINUS SIGN}")
+    return f". The view is {view}; positions with a wider band than that are left out of the figure"
 
 
 def _marked(record: dict[str, Any]) -> str:
