@@ -66,12 +66,17 @@ def held_out_text(config: Config, run: "RunConfig") -> "tuple[Corpus, ModelFiles
             f"corpus.url: {config.corpus.url} is not a corpus of run {run.run_id}; its digest differs"
         )
     files = find_model(config.model)
+    check_weights(files, run)
+    return corpus, files
+
+
+def check_weights(files: "ModelFiles", run: "RunConfig") -> None:
+    """Raises ModelError: a run was trained on activations of other weights."""
     if files.weights_sha256() != run.datasets[0].weights_sha256:
         raise ModelError(
             f"model: the weights of {files.label} are not those of {run.datasets[0].source}, which run "
             f"{run.run_id} was trained on; set model.name, weights and weights_seed as its dataset has them"
         )
-    return corpus, files
 
 
 def live_evaluation(config: Config) -> "LiveEvaluation | None":

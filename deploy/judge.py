@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from penstock.common.errors import ConfigError, ModelError, UserError, nearest
+from penstock.common.errors import ConfigError, UserError, nearest
 from penstock.common.logs import LOGGER
 from penstock.deploy.config import Config, EvaluationSettings
 from penstock.deploy.counting import Counting
+from penstock.deploy.evaluation import check_weights
 from penstock.deploy.judged_text import check_context, departures, judged_text
 from penstock.store.objects import ObjectStore, open_store
 
 if TYPE_CHECKING:
-    from penstock.common.model.files import ModelFiles
     from penstock.store.joined import JoinedDataset
     from penstock.trainer.config import RunConfig
     from penstock.trainer.judging.experiments import Case, Experiment
@@ -95,7 +95,7 @@ def judge(
     store = open_store(url)
     store.probe()
     files = find_model(config.model)
-    _check_weights(files, run)
+    check_weights(files, run)
     tokenizer = load_tokenizer(files)
     manifests = [part.manifest for part in data.parts]
     trained_context = max(manifest.context for manifest in manifests)
@@ -211,13 +211,6 @@ def _check_language_model(run: "RunConfig", data: "JoinedDataset") -> None:
         raise UserError(
             f"run {run.run_id}: its rows are not a language model's, so there is nothing to put dictionaries "
             "into; `penstock report` measures them on held-out rows"
-        )
-
-
-def _check_weights(files: "ModelFiles", run: "RunConfig") -> None:
-    if files.weights_sha256() != run.datasets[0].weights_sha256:
-        raise ModelError(
-            f"model.name: the weights of {files.name} differ from those that run {run.run_id} was trained on"
         )
 
 

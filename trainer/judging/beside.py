@@ -89,7 +89,7 @@ def _of_evaluation(evaluation: Mapping[str, Any]) -> Judged:
     subject = evaluation["subject"]
     figures = {name: _numbers(found) for name, found in judged.items()}
     places = {name: _place(found) for name, found in judged.items()}
-    return Judged(subject["model"]["name"], str(subject.get("text", "")), figures, places)
+    return Judged(subject["model"]["name"], str(subject["text"]["description"]), figures, places)
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:
