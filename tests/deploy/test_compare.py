@@ -97,7 +97,7 @@ def test_the_same_gives_the_same_bytes(two: list[str], tmp_path: Path) -> None:
 def test_evaluations_can_be_compared_with_reports(two: list[str], tmp_path: Path) -> None:
     judged = {"a": {"hook_name": "h", "hook_out": "h", "d_sae": 64, "l0": 30.0, "kl": 0.2, "ce_zero": None}}
     evaluation = {
-        "subject": {"model": {"name": "judged"}},
+        "subject": {"model": {"name": "judged"}, "text": {"description": "another text"}},
         "experiments": {"overview": {"dictionaries": judged}},
     }
     folder = write(tmp_path / "judged", evaluation, "evaluation.json")

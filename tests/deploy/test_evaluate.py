@@ -262,7 +262,7 @@ def test_another_model_is_refused(
     evaluate: Callable[..., Judged], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ModelFiles, "weights_sha256", lambda files: "0" * 64)
-    with pytest.raises(ModelError, match=r"model\.name: the weights of .* differ"):
+    with pytest.raises(ModelError, match=r"model: the weights of .* are not those of"):
         evaluate()
 
 
