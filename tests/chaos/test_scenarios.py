@@ -84,6 +84,7 @@ def test_redis_wiped_three_times_and_rolled_back_changes_nothing(
 # A worker that is only slow
 
 
+@pytest.mark.long
 def test_a_frozen_trainer_that_was_replaced_stops_by_itself(
     scenario: Scenario, scenario_facts: Facts, valkey: EmbeddedServer
 ) -> None:
@@ -189,6 +190,7 @@ def test_sigterm_at_a_window_boundary_commits_what_was_done(tmp_path: Path, valk
         assert _keys(client, scenario, "runs:*:lease:*") == []
 
 
+@pytest.mark.long
 def test_sigterm_ends_a_supervisor_and_everything_below_it(scenario: Scenario, tmp_path: Path) -> None:
     """With a server of its own, whose files then say that nobody holds anything."""
     scenario.file.unlink()

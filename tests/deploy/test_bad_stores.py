@@ -12,7 +12,7 @@ from penstock.store.layout import FORMAT_VERSION, MANIFEST
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.records import encode_record
 from services.ceph import CephGateway
-from services.command import small_config, write_config
+from services.command import called, small_config, write_config
 from services.moto import MotoServer
 from services.proxy import FaultProxy
 from services.s3_server import S3Server
@@ -137,7 +137,7 @@ def unchanged(moto: MotoServer, bucket: str, remote: ObjectStore) -> Iterator[No
     assert stored() == before
 
 
-@pytest.mark.parametrize("command", ["produce", "submit", "run", "status", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["produce", "submit", "run", "inspect", "verify"])
 @pytest.mark.usefixtures("unchanged")
 def test_a_dataset_of_a_newer_format(
     remote: ObjectStore,
@@ -154,6 +154,18 @@ def test_a_dataset_of_a_newer_format(
     for word in (remote.url, f"format version {FORMAT_VERSION + 1}", "upgrade penstock"):
         assert word in line
     assert remote.get(MANIFEST) == encode_record(newer)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_status_tells_a_newer_format_beside_everything_else(
+    remote: ObjectStore, work: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote.put_guarded(MANIFEST, remote.get_record(MANIFEST) | {"format_version": FORMAT_VERSION + 1})
+    put_at(work, "dataset", remote.url)
+    assert called("status", str(write_config(tmp_path / "config.yaml", work))) == 0
+    told = capsys.readouterr().out
+    for word in (remote.url, f"format version {FORMAT_VERSION + 1}", "upgrade penstock", "redis:"):
+        assert word in told
 
 
 @pytest.mark.parametrize("command", ["produce", "run"])

@@ -103,7 +103,9 @@ def test_a_cut_or_lost_object_is_found(work: Path, files: dict[Path, bytes], dam
         assert file.name in found[0]
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, remove])
+@pytest.mark.parametrize(
+    "damage", [flip, *(pytest.param(d, marks=pytest.mark.long) for d in (truncate, remove))]
+)
 def test_repair_brings_the_very_bytes_back(work: Path, files: dict[Path, bytes], damage: Damage) -> None:
     """Half of all objects at once, but never a record together with its copy."""
     draw = random.Random(2)
