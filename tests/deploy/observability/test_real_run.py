@@ -69,6 +69,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterat
     config["redis"] = {"url": valkey_url, "prefix": f"watched-{os.getpid()}", "lease_seconds": 3.0}
     # so long that it is not done when the first trainer is killed
     config["runs"][0]["epochs"] = 4
+    # inside the model, too, after every head
+    config["trainer"] = {"evaluate_every": 1}
+    config["evaluation"]["live_sequences"] = 1
     file = str(write_config(directory / "config.yaml", config))
     ports = {job: free_port() for job in ("producer", "trainer", "exporter")}
     processes: list[subprocess.Popen[bytes]] = []
