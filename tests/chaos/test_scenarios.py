@@ -149,6 +149,7 @@ def _keys(client: Client, scenario: Scenario, pattern: str) -> list[str]:
     return sorted(client.scan_iter(f"{scenario.config.redis.prefix}:{pattern}"))
 
 
+@pytest.mark.long
 def test_sigterm_lets_a_trainer_give_its_run_back(scenario: Scenario, valkey: EmbeddedServer) -> None:
     """In the middle of a window, which the next worker begins again."""
     make_everything(scenario)

@@ -168,7 +168,7 @@ def test_status_tells_a_newer_format_beside_everything_else(
         assert word in told
 
 
-@pytest.mark.parametrize("command", ["produce", "run"])
+@pytest.mark.parametrize("command", ["produce", pytest.param("run", marks=pytest.mark.long)])
 @pytest.mark.usefixtures("unchanged")
 def test_two_plans_at_one_url(
     remote: ObjectStore,

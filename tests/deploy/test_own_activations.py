@@ -60,6 +60,7 @@ def test_the_rows_are_the_models(stored: Path) -> None:
     assert tree_digests(stored / "mine") == before
 
 
+@pytest.mark.long
 def test_the_config_trains_on_them(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text(block("yaml"), encoding="utf-8")
     config = yaml.safe_load(block("yaml"))

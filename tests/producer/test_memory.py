@@ -13,7 +13,8 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("budget", [160_000_000, pytest.param(320_000_000, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("budget", [160_000_000, 320_000_000])
 def test_a_producer_of_eighteen_hook_points_stays_within_its_budget(tmp_path: Path, budget: int) -> None:
     with valkey_server() as server:
         command = [sys.executable, "-m", "services.held_memory", server.url, str(tmp_path), str(budget)]

@@ -233,6 +233,7 @@ class TestStopping:
         assert list(bench.client.scan_iter(f"{bench.redis.prefix}:*:lease:*")) == []
 
 
+@pytest.mark.long
 class TestKilledProcess:
     def test_another_process_carries_on_to_the_same_bits(
         self,
