@@ -31,7 +31,7 @@ def evaluate_run(
 
     Args:
         load: gives the SAEs by name; they take raw activations.
-        progress: called with held-out sequences done and in all.
+        progress: called with work done and in all: sequences, or passes over them.
     """
     first = data.parts[0]
     if first.manifest.of_text:
@@ -42,16 +42,16 @@ def evaluate_run(
 
 def _on_text(config: Config, run: "RunConfig", load: LoadSAEs, progress: Progress) -> dict[str, Any]:
     from penstock.common.model.language_model import LanguageModel
-    from penstock.trainer.evaluate import evaluate
+    from penstock.trainer.evaluate import evaluate, held_out_text
 
-    corpus, files = held_out_text(config, run)
+    corpus, files = corpus_and_model(config, run)
+    text = held_out_text(corpus, config.evaluation.sequences)
     # nothing here needs to be bit-identical: use the whole machine
     model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
-    saes = {name: (sae.settings.hooks, sae) for name, sae in load().items()}
-    return evaluate(model, corpus, saes, config.evaluation.sequences, progress=progress)
+    return evaluate(model, text, load(), progress)
 
 
-def held_out_text(config: Config, run: "RunConfig") -> "tuple[Corpus, ModelFiles]":
+def corpus_and_model(config: Config, run: "RunConfig") -> "tuple[Corpus, ModelFiles]":
     """The corpus and model of a run.
 
     Raises:
@@ -98,17 +98,14 @@ def live_evaluation(config: Config) -> "LiveEvaluation | None":
 
     def open_(run: "RunConfig") -> "tuple[LanguageModel, Text]":
         from penstock.common.model.language_model import LanguageModel
-        from penstock.store.corpus import HELD_OUT
-        from penstock.trainer.judging.text import Text
+        from penstock.trainer.evaluate import held_out_text
 
-        corpus, files = held_out_text(config, run)
-        n = min(config.evaluation.live_sequences, corpus.manifest.n_held_out)
-        if n == 0:
-            raise UserError("the corpus has no held-out sequences; add text to it")
+        corpus, files = corpus_and_model(config, run)
+        text = held_out_text(corpus, config.evaluation.live_sequences)
         if not loaded:
             # no threads: those that the run trains with are none of its business
             loaded.append(LanguageModel(files, config.model.model_copy(update={"threads": None})))
-        return loaded[0], Text(corpus.tokens(0, n, HELD_OUT), corpus.manifest.special_ids)
+        return loaded[0], text
 
     return LiveEvaluation(config.trainer.evaluate_every, open_)
 
@@ -119,7 +116,7 @@ def _on_toy(
     import torch
 
     from penstock.producer.toy import Toy, ToySettings
-    from penstock.trainer.evaluate_rows import evaluate_rows
+    from penstock.trainer.evaluate import evaluate_rows
 
     # those of the dataset, not of the config: it may be another one by now
     toy = Toy(parse(ToySettings, truth.settings, "the ground truth"))
@@ -135,5 +132,4 @@ def _on_toy(
             # rounded as what they were trained on
             yield {hook: torch.from_numpy(acts).bfloat16().float() for hook, acts in rows.items()}
 
-    saes = {name: (sae.settings.hooks, sae) for name, sae in load().items()}
-    return evaluate_rows(saes, held_out(), lambda done: progress(done, n))
+    return evaluate_rows(load(), held_out(), lambda done: progress(done, n))

@@ -26,7 +26,7 @@ from penstock.store.objects import ObjectStore, open_store
 if TYPE_CHECKING:
     from penstock.store.joined import JoinedDataset
     from penstock.trainer.config import RunConfig
-    from penstock.trainer.judging.experiments import Case, Experiment
+    from penstock.trainer.judging.experiments import Case, Experiment, Measurement
 
 FORMAT = 1
 
@@ -137,7 +137,9 @@ def judge(
         },
     }
     case = Case(subject, settings, tokenizer, data)
-    records = {one.name: _record(one, case, store, told, counting) for one in experiments}
+    records = {
+        one.name: one.answer(_measured(one.measurement, case, store, told, counting)) for one in experiments
+    }
     evaluation = {
         "format": FORMAT,
         "run": run_id,
@@ -158,10 +160,10 @@ def judge(
     return Judged(evaluation, url)
 
 
-def _record(
-    experiment: "Experiment", case: "Case", store: ObjectStore, told: dict[str, Any], counting: Counting
+def _measured(
+    measurement: "Measurement", case: "Case", store: ObjectStore, told: dict[str, Any], counting: Counting
 ) -> dict[str, Any]:
-    """An experiment's record: what is kept of it, and the rest measured now."""
+    """The record of a measurement: what is kept of it, and the rest measured now."""
     from dataclasses import replace
 
     from penstock.trainer.judging.parts import Parts
@@ -170,9 +172,9 @@ def _record(
     inputs = {
         "penstock": version("penstock"),
         "device": case.subject.model.device.type,
-        "experiment": experiment.name,
-        "settings": {name: fields[name] for name in experiment.settings},
-        "reads": experiment.reads(case),
+        "measurement": measurement.name,
+        "settings": {name: fields[name] for name in measurement.settings},
+        "reads": measurement.reads(case),
         **{key: told[key] for key in ("model", "text", "trained_context")},
     }
 
@@ -182,16 +184,16 @@ def _record(
 
         def compute() -> dict[str, Any]:
             counting.begin(name)
-            return experiment.measure(some, counting)
+            return measurement.measure(some, counting)
 
         return Parts(store, inputs | {"dictionaries": judged}).part(name, compute)
 
-    if not experiment.apart:
-        return part(experiment.name, case)
+    if not measurement.apart:
+        return part(measurement.name, case)
     record: dict[str, Any] = {}
     for one in case.subject.dictionaries:
         alone = replace(case, subject=replace(case.subject, dictionaries=[one]))
-        record |= part(f"{experiment.name}/{one.name}", alone)
+        record |= part(f"{measurement.name}/{one.name}", alone)
     return record
 
 

@@ -34,7 +34,7 @@ from penstock.store.manifest import Manifest
 from penstock.store.objects import ObjectStore, open_store
 from penstock.store.writer import DatasetWriter
 from penstock.trainer.config import RunSettings, resolve_run
-from penstock.trainer.evaluate import evaluate
+from penstock.trainer.evaluate import evaluate, held_out_text
 from penstock.trainer.group import Group
 
 FORWARD_SECONDS, STEP_SECONDS = 3.0, 2.0
@@ -253,18 +253,18 @@ def _checkpoint(group: Group, store: ObjectStore) -> None:
 
 def _evaluate(corpus: Corpus, model: LanguageModel, group: Group) -> Cost:
     """One held-out sequence in one of an evaluation's forward passes, with what SAEs do there."""
-    n = min(EVALUATED, corpus.manifest.n_held_out)
-    if not n:
+    if not corpus.manifest.n_held_out:
         return Cost()
-    saes = {name: (member.settings.hooks, member.sae.cpu()) for name, member in group.members.items()}
-    passes = evaluation_passes(group.config.settings, n, n)
-    return measured(lambda: evaluate(model, corpus, saes, n), model.device, passes)
+    text = held_out_text(corpus, EVALUATED)
+    saes = {name: member.sae for name, member in group.members.items()}
+    passes = evaluation_passes(group.config.settings, len(text), len(text))
+    return measured(lambda: evaluate(model, text, saes), model.device, passes)
 
 
 def evaluation_passes(run: RunSettings, sequences: int, in_controls: int) -> int:
-    """Forward passes of single sequences in an evaluation: clean, capture, zeros, SAEs, controls."""
+    """Forward passes of single sequences in an evaluation: clean, zeros, SAEs, controls."""
     hooks = len({sae.hooks[-1] for sae in run.saes})
-    return sequences * (2 + hooks + len(run.saes)) + 3 * in_controls
+    return sequences * (1 + hooks + len(run.saes)) + 3 * in_controls
 
 
 def resource(device: torch.device) -> str:

@@ -68,10 +68,10 @@ def evaluate(
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
-    """How often each of two experiments was measured, by what was judged."""
+    """How often what two experiments are answered by was measured, by what was judged."""
     found: Counts = {}
 
-    def counted(one: experiments.Experiment) -> experiments.Experiment:
+    def counted(one: experiments.Measurement) -> experiments.Measurement:
         def measure(case: experiments.Case, progress: experiments.Progress) -> experiments.Record:
             key = "/".join([one.name, *(d.name for d in case.subject.dictionaries)])
             found[key] = found.get(key, 0) + 1
@@ -83,7 +83,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
     # one that measures all dictionaries at once, and one that takes each by itself
     two = [one for one in experiments.EXPERIMENTS if one.name in ("overview", "contexts")]
-    monkeypatch.setattr(experiments, "EXPERIMENTS", [counted(one) for one in two])
+    counting = [replace(one, measurement=counted(one.measurement)) for one in two]
+    monkeypatch.setattr(experiments, "EXPERIMENTS", counting)
     return found
 
 
@@ -108,7 +109,7 @@ def documents_of(corpus: Corpus, split: str) -> set[str]:
 
 
 SAES = ("resid-topk", "mlp-l1")
-BASE = ("overview/resid-topk/mlp-l1", "contexts/resid-topk", "contexts/mlp-l1")
+BASE = ("positions/resid-topk/mlp-l1", "contexts/resid-topk", "contexts/mlp-l1")
 """What is measured, in order."""
 
 
@@ -127,8 +128,8 @@ def test_it_leaves_a_page_a_record_and_every_figures_data(
     for one in overview["dictionaries"].values():
         assert one["kl"] >= 0
         assert one["delta_ce"] == pytest.approx(one["ce_spliced"] - one["ce_clean"])
-    for pair in overview["controls"].values():
-        assert (pair["identity"]["kl"], pair["zero"]["ce_recovered"]) == (0, 0)
+    for control in overview["controls"].values():
+        assert set(control["identity"].values()) == set(control["zero_against_ablation"].values()) == {0}
     stored = found["experiments"]["contexts"]["resid-topk"]["source"]
     assert (stored["what"], stored["chunks"]) == ("stored rows", 3)
     page = (out / "evaluation.html").read_text()
@@ -289,9 +290,9 @@ def test_progress_tells_the_rate_and_the_time_left() -> None:
 
 @pytest.mark.long
 def test_a_killed_process_goes_on_where_it_was(small_run: Path, run_url: str, tmp_path: Path) -> None:
-    few = ("--only", "overview", "--only", "positions", "--sequences", "4")
+    few = ("--only", "overview", "--only", "propagation", "--sequences", "4")
     arguments = ("evaluate", small_run.parent / "config.yaml", run_url, *few, "--out", tmp_path / "out")
-    kept = tmp_path / "out" / "parts" / "overview.json"
+    kept = tmp_path / "out" / "parts" / "positions.json"
     with start(*arguments) as process:
         try:
             eventually(kept.exists, 120)

@@ -1,42 +1,17 @@
-"""The evaluation, checked against dictionaries whose score is known and against direct computation."""
+"""The evaluation that ends a run: `judging.costs` on held-out text, or sums over held-out rows."""
 
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from penstock.common.errors import UserError
-from penstock.common.model.files import ModelSettings, find_model
 from penstock.producer.corpus import CorpusSettings, ensure_corpus
 from penstock.store.corpus import HELD_OUT, Corpus
-from penstock.trainer.evaluate import density, evaluate, recovered
-from penstock.trainer.kinds import SAESettings, TopKSettings, TranscoderSettings
-from penstock.trainer.kinds.base import Schedule, StepResult
+from penstock.trainer.evaluate import evaluate, evaluate_rows, held_out_text
+from penstock.trainer.kinds import TopKSettings
 from penstock.trainer.sae import SAE, build
-from services.lm import MLP_2, RESID_3, shipped_model, shipped_tokenizer, write_text
-
-SEQUENCES = 5
-
-
-class Known(SAE):
-    """2·D features: the positive and the negative part of every coordinate, times a factor."""
-
-    def __init__(self, d_in: int, factor: float) -> None:
-        super().__init__(d_in, SAESettings(architecture="known", name="a", hook_name="h", d_sae=2 * d_in))
-        self.factor = factor
-
-    def encode(self, x: Tensor) -> Tensor:
-        return torch.cat([x.relu(), (-x).relu()], dim=1) * self.factor
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts[:, : self.d_in] - feature_acts[:, self.d_in :]
-
-    def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
-        raise NotImplementedError
+from services.lm import RESID_3, shipped_model, shipped_tokenizer, write_text
 
 
 @pytest.fixture(scope="module")
@@ -53,236 +28,57 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def topk() -> SAE:
-    settings = TopKSettings(name="t", architecture="topk", hook_name=RESID_3, d_sae=300, k=8)
-    sae = build(192, settings)
+    sae = build(192, TopKSettings(name="t", architecture="topk", hook_name=RESID_3, d_sae=300, k=8))
     sae.initialise(0, None)
     sae.fold_scale(0.4)
     return sae.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def result(corpus: Corpus, topk: SAE) -> dict[str, Any]:
-    saes: dict[str, tuple[str, SAE]] = {
-        "identity": (RESID_3, Known(192, 1.0)),
-        "zero": (RESID_3, Known(192, 0.0)),
-        "half": (MLP_2, Known(768, 0.5)),
-        "topk": (RESID_3, topk),
-    }
-    return evaluate(shipped_model(), corpus, saes, SEQUENCES, batch_sequences=2)
-
-
-def held_out(corpus: Corpus) -> tuple[Tensor, Tensor]:
-    """Token ids of the sequences used, and where they are not special."""
-    tokens = torch.from_numpy(corpus.tokens(0, SEQUENCES, HELD_OUT)).long()
-    special = torch.tensor(shipped_tokenizer().special_ids)
-    return tokens, ~torch.isin(tokens, special)
-
-
-def kept_rows(corpus: Corpus, hook: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    tokens, keep = held_out(corpus)
-    return shipped_model().activations(tokens, [hook])[hook][keep].double().numpy()
-
-
-def test_an_identity_recovers_everything(result: dict[str, Any]) -> None:
-    figures = result["saes"]["identity"]
-    assert figures["ce_recovered"] == pytest.approx(1.0, abs=1e-6)
-    assert figures["ce_spliced"] == pytest.approx(figures["ce_clean"], abs=1e-6)
-    assert figures["explained_variance"] == 1.0
-    assert figures["loss"] == 0.0
-    assert result["controls"]["identity_ce_recovered"] == pytest.approx(1.0, abs=1e-6)
-
-
-def test_zeros_recover_nothing(result: dict[str, Any]) -> None:
-    figures = result["saes"]["zero"]
-    assert figures["ce_recovered"] == pytest.approx(0.0, abs=1e-6)
-    assert figures["ce_spliced"] == pytest.approx(figures["ce_zero"], abs=1e-6)
-    assert figures["ce_zero"] > figures["ce_clean"] + 0.5
-    assert figures["explained_variance"] < 0.05
-    assert figures["l0"] == 0
-    assert figures["dead_features"] == figures["density"]["never_active"] == 2 * 192
-    assert sum(figures["density"]["counts"]) == 0
-    assert result["controls"]["zero_ce_recovered"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_each_hook_point_has_its_own_zero(result: dict[str, Any]) -> None:
-    half, zero = result["saes"]["half"], result["saes"]["zero"]
-    assert half["ce_zero"] != zero["ce_zero"]
-    assert half["ce_clean"] == zero["ce_clean"]
-    assert half["ce_recovered"] == pytest.approx(
-        recovered(half["ce_clean"], half["ce_spliced"], half["ce_zero"])
-    )
-
-
-MLP_OUT = "blocks.2.mlp.hook_out"
-
-
-@pytest.fixture(scope="module")
-def projection() -> SAE:
-    """The model's own map from an MLP's activations to its output, as a transcoder's skip connection."""
-    (file,) = find_model(ModelSettings()).weight_files()
-    weights = safetensors.torch.load_file(file)
-    name = next(key for key in weights if key.endswith("h.2.mlp.c_proj.weight"))
-    settings = TranscoderSettings(
-        name="t", architecture="transcoder", hook_name=MLP_2, hook_out=MLP_OUT, d_sae=4, k=1, skip=True
-    )
-    sae = build(768, settings, 192)
-    sae.initialise(0, None)
-    with torch.no_grad():
-        sae.b_enc.fill_(-1e9)
-        sae.get_parameter("W_skip").copy_(weights[name].float())
-        sae.b_dec.copy_(weights[name.replace("weight", "bias")].float())
-    sae.fold_scale(1.0, 1.0)
-    return sae.eval().requires_grad_(False)
-
-
-def test_a_transcoder_is_evaluated_at_its_output(corpus: Corpus, projection: SAE) -> None:
-    """One that computes what the model computes recovers everything; one that gives zeros, nothing."""
-    nothing = Known(768, 0.0)
-    nothing.decode = lambda feature_acts: torch.zeros(len(feature_acts), 192)  # type: ignore[method-assign]
-    pair = (MLP_2, MLP_OUT)
-    saes: dict[str, tuple[tuple[str, str], SAE]] = {"whole": (pair, projection), "nothing": (pair, nothing)}
-    result = evaluate(shipped_model(), corpus, saes, SEQUENCES, batch_sequences=2)
-    whole, zero = result["saes"]["whole"], result["saes"]["nothing"]
-    # captured activations are rounded to bfloat16
-    assert whole["explained_variance"] == pytest.approx(1.0, abs=5e-5)
-    assert whole["ce_recovered"] == pytest.approx(1.0, abs=1e-3)
-    assert whole["loss"] < 1e-4 * zero["loss"]
-    assert zero["ce_recovered"] == pytest.approx(0.0, abs=1e-6)
-    x = kept_rows(corpus, MLP_OUT)
-    residual, total = float((x**2).sum()), float(((x - x.mean(axis=0)) ** 2).sum())
-    assert zero["explained_variance"] == pytest.approx(1 - residual / total, abs=1e-6)
-    alone = evaluate(shipped_model(), corpus, {"zero": (MLP_OUT, Known(192, 0.0))}, SEQUENCES)
-    assert zero["ce_zero"] == pytest.approx(alone["saes"]["zero"]["ce_zero"], abs=1e-4)
-    assert result["controls"]["identity_ce_recovered"] == pytest.approx(1.0, abs=1e-6)
-
-
-def test_the_clean_cross_entropy_is_the_models_own(result: dict[str, Any], corpus: Corpus) -> None:
-    tokens, keep = held_out(corpus)
-    logits = shipped_model().logits(tokens).double()
-    log_p = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
-    losses = [
-        -float(log_p[s, p, tokens[s, p + 1]])
-        for s in range(SEQUENCES)
-        for p in range(tokens.shape[1] - 1)
-        if keep[s, p]
-    ]
-    assert result["saes"]["topk"]["ce_clean"] == pytest.approx(np.mean(losses), abs=1e-4)
-    assert result["sequences"] == SEQUENCES
-
-
-@pytest.mark.parametrize(("name", "hook"), [("topk", RESID_3), ("half", MLP_2)])
-def test_figures_equal_direct_computation(
-    result: dict[str, Any], corpus: Corpus, topk: SAE, name: str, hook: str
-) -> None:
-    figures = result["saes"][name]
-    x = kept_rows(corpus, hook)
-    sae = topk if name == "topk" else Known(768, 0.5)
-    acts = sae.encode(torch.from_numpy(x).float())
-    residual = float(((x - sae.decode(acts).double().numpy()) ** 2).sum())
-    total = float(((x - x.mean(axis=0)) ** 2).sum())
-    assert figures["rows"] == len(x)
-    assert figures["explained_variance"] == pytest.approx(1 - residual / total, abs=1e-6)
-    scale = 0.4 if name == "topk" else 1.0
-    assert figures["loss"] == pytest.approx(residual / len(x) * scale**2, rel=1e-5)
-    fired = (acts > 0).sum(dim=0).numpy()
-    assert figures["l0"] == pytest.approx(fired.sum() / len(x))
-    assert figures["dead_features"] == int((fired == 0).sum())
-    counts = figures["density"]["counts"]
-    assert sum(counts) + figures["density"]["never_active"] == sae.d_sae
-    edges = np.array(figures["density"]["log10_edges"])
-    share = np.log10(fired[fired > 0] / len(x))
-    expected = [
-        int(((share >= low) & ((share < high) | (high == edges[-1]))).sum()) for low, high in pairwise(edges)
-    ]
-    assert counts == expected
-
-
-def test_rows_of_special_tokens_are_left_alone(
-    corpus: Corpus, topk: SAE, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = shipped_model()
-    tokens, keep = held_out(corpus)
-    assert not keep[:, 0].any(), "every sequence begins with BOS"
-    given = torch.randn(*tokens.shape, 192, generator=torch.Generator().manual_seed(0))
-    seen: list[Tensor] = []
-    logits = model.logits
-
-    def noting(ids: Tensor, splice: Any = None) -> Tensor:
-        for function in (splice or {}).values():
-            seen.append(function(given))
-        return logits(ids, splice)
-
-    monkeypatch.setattr(model, "logits", noting)
-    evaluate(model, corpus, {"topk": (RESID_3, topk)}, SEQUENCES, batch_sequences=SEQUENCES)
-    assert len(seen) >= 2
-    for replaced in seen:
-        assert torch.equal(replaced[~keep], given[~keep])
-    changed = [not torch.equal(replaced[keep], given[keep]) for replaced in seen]
-    assert sum(changed) == len(seen) - 1, "all but the identity replace the other rows"
-    expected = topk(given.flatten(0, 1)).view_as(given)[keep]
-    assert any(torch.allclose(replaced[keep], expected) for replaced in seen)
-
-
-def test_the_batch_size_does_not_matter(result: dict[str, Any], corpus: Corpus, topk: SAE) -> None:
-    again = evaluate(shipped_model(), corpus, {"topk": (RESID_3, topk)}, SEQUENCES, batch_sequences=5)
-    for name in ("explained_variance", "ce_clean", "ce_zero", "ce_recovered", "l0", "loss"):
-        assert again["saes"]["topk"][name] == pytest.approx(result["saes"]["topk"][name], abs=1e-4)
-
-
-def test_no_more_sequences_than_there_are(corpus: Corpus, topk: SAE) -> None:
+def test_the_loss_is_in_the_units_of_training(corpus: Corpus, topk: SAE) -> None:
     told: list[tuple[int, int]] = []
+    text = held_out_text(corpus, 2)
+    result = evaluate(shipped_model(), text, {"t": topk}, lambda done, all_: told.append((done, all_)))
+    figures = result["saes"]["t"]
+    assert result["sequences"] == 2
+    assert figures["loss"] == pytest.approx(figures["squared_error"] * 0.4**2)
+    assert told[-1] == (6, 6), "clean, with zeros, with the SAE"
+
+
+def test_rows_are_worth_what_text_is(corpus: Corpus, topk: SAE) -> None:
+    """The same rows, once from the model and once given: all that does not need the model is the same."""
+    text = held_out_text(corpus, 3)
+    tokens = torch.from_numpy(text.tokens).long()
+    keep = ~torch.isin(tokens, torch.tensor(text.special_ids))
+    rows: list[torch.Tensor] = []
+    for sequence, kept in zip(tokens, keep, strict=True):
+
+        def noting(acts: torch.Tensor, kept: torch.Tensor = kept) -> torch.Tensor:
+            rows.append(acts[0][kept].float())
+            return acts
+
+        shipped_model().logits(sequence[None], {RESID_3: noting})
+    calls: list[int] = []
+    alone = evaluate_rows({"t": topk}, ({RESID_3: one} for one in rows), calls.append)
+    inside = evaluate(shipped_model(), text, {"t": topk})
+    assert calls == [1, 2, 3]
+    without: dict[str, Any] = alone["saes"]["t"]
+    assert without.keys() == inside["saes"]["t"].keys()
+    for name, value in without.items():
+        if name in ("ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "delta_ce", "kl"):
+            assert value is None
+        elif name != "density":
+            assert value == pytest.approx(inside["saes"]["t"][name], rel=1e-4)
+    assert alone["controls"] == {}
+
+
+def test_no_more_sequences_than_there_are(corpus: Corpus) -> None:
     n = corpus.manifest.n_held_out
-    result = evaluate(
-        shipped_model(),
-        corpus,
-        {"topk": (RESID_3, topk)},
-        10_000,
-        progress=lambda done, total: told.append((done, total)),
-    )
-    assert result["sequences"] == n
-    assert told[-1] == (n, n)
+    text = held_out_text(corpus, 10_000)
+    assert len(text) == n
+    assert (text.tokens[-1] == corpus.tokens(n - 1, n, HELD_OUT)[0]).all()
 
 
-def test_a_corpus_that_holds_nothing_out_is_refused(corpus: Corpus, topk: SAE) -> None:
+def test_a_corpus_that_holds_nothing_out_is_refused(corpus: Corpus) -> None:
     nothing = Corpus(corpus.store, corpus.manifest.model_copy(update={"n_held_out": 0}))
     with pytest.raises(UserError, match="no held-out sequences"):
-        evaluate(shipped_model(), nothing, {"topk": (RESID_3, topk)}, 5)
-
-
-def test_density_counts_features_by_how_often_they_fire() -> None:
-    fired = torch.tensor([0, 0, 1, 10, 10, 100, 1000, 1000, 1000])
-    found = density(fired, 1000)
-    edges = found["log10_edges"]
-    assert found["never_active"] == 2
-    at = {round(edges[i], 3): count for i, count in enumerate(found["counts"]) if count}
-    assert at == {-3.0: 1, -2.0: 2, -1.0: 1, -0.1: 3}
-    rarest = density(torch.tensor([1]), 10**9)
-    assert (rarest["counts"][0], sum(rarest["counts"])) == (1, 1)
-
-
-def test_recovered_is_the_share_of_the_gap_that_is_closed() -> None:
-    assert recovered(3.0, 3.5, 8.0) == pytest.approx(0.9)
-    assert np.isnan(recovered(3.0, 3.0, 3.0))
-
-
-def test_the_divergence_is_that_of_the_distributions(
-    result: dict[str, Any], corpus: Corpus, topk: SAE
-) -> None:
-    tokens, keep = held_out(corpus)
-
-    def spliced(acts: Tensor) -> Tensor:
-        return torch.where(keep[..., None], topk(acts.flatten(0, 1)).view_as(acts), acts)
-
-    p, q = (
-        torch.log_softmax(logits[:, :-1][keep[:, :-1]].double(), -1)
-        for logits in (
-            shipped_model().logits(tokens),
-            shipped_model().logits(tokens, {RESID_3: spliced}),
-        )
-    )
-    figures = result["saes"]["topk"]
-    assert figures["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
-    assert figures["delta_ce"] == figures["ce_spliced"] - figures["ce_clean"]
-    assert figures["kl"] != pytest.approx(figures["delta_ce"], rel=1e-3), "they are not the same figure"
-    assert result["saes"]["identity"]["kl"] == pytest.approx(0.0, abs=1e-9)
-    assert result["saes"]["zero"]["kl"] > 0.5
+        held_out_text(nothing, 5)

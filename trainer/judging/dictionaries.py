@@ -48,8 +48,7 @@ class Dictionary:
     def of_sae(cls, name: str, sae: SAE, device: torch.device) -> Self:
         """A run's SAE, moved to the model's device."""
         hooks = sae.settings.hooks
-        first, last = (hooks, hooks) if isinstance(hooks, str) else (hooks[0], hooks[-1])
-        return cls(name, first, last, sae.to(device))
+        return cls(name, hooks[0], hooks[-1], sae.to(device))
 
 
 class _Featureless:

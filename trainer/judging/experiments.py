@@ -1,6 +1,6 @@
 """The experiments that `penstock evaluate` makes, in the order in which the page shows them.
 
-Another one is a line in `EXPERIMENTS`: how it is measured, and how its record becomes figures.
+Another one is an entry of `EXPERIMENTS`: what is measured for it, and how that becomes figures.
 """
 
 import hashlib
@@ -63,94 +63,123 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What is measured, and what its record depends on besides text, model and dictionaries.
+
+    Attributes:
+        name: below which parts of it are kept.
+        measure: gives a record of JSON values.
+        settings: fields of `JudgingSettings`.
+        reads: anything else.
+        apart: dictionaries are measured and kept one by one; the record is {dictionary: record}.
+    """
+
+    name: str
+    measure: Callable[[Case, Progress], Record]
+    settings: Sequence[str] = ()
+    reads: Callable[[Case], Any] = lambda case: None
+    apart: bool = False
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One question and its answer.
 
     Attributes:
         name: as `--only` takes it and the record is called.
         about: what it asks, a sentence for the page.
-        measure: gives a record of JSON values.
         show: makes figures of the record; it measures nothing.
-        settings: the fields of `JudgingSettings` that the record depends on, besides the text.
-        apart: dictionaries are measured and kept one by one; the record is {dictionary: record}.
-        reads: what the record depends on besides settings, text, model and dictionaries.
+        answer: makes the record of what was measured.
     """
 
     name: str
     title: str
     about: str
-    measure: Callable[[Case, Progress], Record]
+    measurement: Measurement
     show: Callable[[Record], list[Shown]]
-    settings: Sequence[str] = ()
-    apart: bool = False
-    reads: Callable[[Case], Any] = lambda case: None
+    answer: Callable[[Record], Record] = lambda measured: measured
 
+
+_POSITIONS = Measurement("positions", lambda case, progress: positions.measure(case.subject, progress))
 
 EXPERIMENTS = (
     Experiment(
         "overview",
         "In place of the activations",
         "Each dictionary's reconstruction replaces the activations of its hook point, all others stay.",
-        lambda case, progress: overview.measure(case.subject, progress),
+        _POSITIONS,
         overview.show,
+        overview.of_positions,
     ),
     Experiment(
         "positions",
         "By position",
         "The same at every position of a sequence, also behind those that the dictionaries were trained on.",
-        lambda case, progress: positions.measure(case.subject, progress),
+        _POSITIONS,
         positions_figures.show,
     ),
     Experiment(
         "propagation",
         "Error propagation",
         "What a dictionary in place leaves for those behind it, on the same tokens.",
-        lambda case, progress: propagation.measure(case.subject, progress),
+        Measurement("propagation", lambda case, progress: propagation.measure(case.subject, progress)),
         propagation_figures.show,
     ),
     Experiment(
         "cloze",
         "Tasks",
         "Prompts whose next word is known, answered with each dictionary in place.",
-        lambda case, progress: cloze_score.measure(case.subject, case.cloze, progress),
+        Measurement(
+            "cloze",
+            lambda case, progress: cloze_score.measure(case.subject, case.cloze, progress),
+            ("cloze",),
+            Case.prompts_digest,
+        ),
         cloze_figures.show,
-        settings=("cloze",),
-        reads=Case.prompts_digest,
     ),
     Experiment(
         "feature_scores",
         "Features and answers",
         "Whether answers become likelier or less likely on prompts that a feature is active on.",
-        lambda case, progress: feature_scores.measure(
-            case.subject, case.cloze, case.settings.feature_scores, progress
+        Measurement(
+            "feature_scores",
+            lambda case, progress: feature_scores.measure(
+                case.subject, case.cloze, case.settings.feature_scores, progress
+            ),
+            ("cloze", "feature_scores"),
+            Case.prompts_digest,
         ),
         feature_scores.show,
-        settings=("cloze", "feature_scores"),
-        reads=Case.prompts_digest,
     ),
     Experiment(
         "ablation",
         "Features taken out",
         "What answers lose or gain when one feature alone is taken out and the dictionary's error is kept.",
-        lambda case, progress: ablation.measure(
-            case.subject, case.cloze, case.settings.ablation, case.decode, progress
+        Measurement(
+            "ablation",
+            lambda case, progress: ablation.measure(
+                case.subject, case.cloze, case.settings.ablation, case.decode, progress
+            ),
+            ("cloze", "ablation"),
+            Case.prompts_digest,
         ),
         ablation.show,
-        settings=("cloze", "ablation"),
-        reads=Case.prompts_digest,
     ),
     Experiment(
         "contexts",
         "Features in context",
         "What features are active on, and which next tokens their directions speak for and against. "
         "Unless they were asked for, they are drawn by a fixed rule from three bands of frequency.",
-        lambda case, progress: contexts.measure(
-            case.subject, case.data, case.tokenizer, case.settings.contexts, progress
+        Measurement(
+            "contexts",
+            lambda case, progress: contexts.measure(
+                case.subject, case.data, case.tokenizer, case.settings.contexts, progress
+            ),
+            ("contexts",),
+            lambda case: contexts.source_of(case.data, case.settings.contexts),
+            apart=True,
         ),
         contexts.show,
-        settings=("contexts",),
-        apart=True,
-        reads=lambda case: contexts.source_of(case.data, case.settings.contexts),
     ),
 )
 

@@ -22,7 +22,6 @@ from markupsafe import Markup
 from torch import Tensor
 
 from penstock.trainer import figures
-from penstock.trainer.evaluate import density
 from penstock.trainer.judging import task_figures
 from penstock.trainer.judging.cloze import Cloze
 from penstock.trainer.judging.cloze_score import Progress, layer
@@ -32,6 +31,7 @@ from penstock.trainer.judging.shown import Shown
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.task_settings import FeatureScoreSettings
+from penstock.trainer.row_figures import density
 
 _SUMS = ("prompts", "score", "outcome", "delta_ln_p")
 

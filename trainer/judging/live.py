@@ -6,23 +6,18 @@ training depends on whether, or when, somebody looked. What goes wrong here is t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from penstock.common.errors import PenstockError, UserError
 from penstock.common.logs import LOGGER
 from penstock.common.model.language_model import LanguageModel
 from penstock.trainer.config import RunConfig
-from penstock.trainer.evaluate import recovered
 from penstock.trainer.group import Group
-from penstock.trainer.judging.dictionaries import Constant, Dictionary
-from penstock.trainer.judging.measures import cross_entropy, divergence
-from penstock.trainer.judging.splice import Splice, forward
+from penstock.trainer.judging.costs import measure
+from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.subject import Subject
-from penstock.trainer.judging.text import Batch, Text
+from penstock.trainer.judging.text import Text
 from penstock.trainer.load import inference_sae
 
 Figures = dict[str, dict[str, float]]
@@ -112,90 +107,3 @@ def _as_it_was(device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(default)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-
-
-@dataclass
-class _Sums:
-    cross_entropy: float = 0.0
-    divergence: float = 0.0
-    active: float = 0.0
-
-
-@dataclass
-class _Totals:
-    rows: int = 0
-    predictions: int = 0
-    clean: float = 0.0
-    zero: dict[str, float] = field(default_factory=dict)
-    saes: dict[str, _Sums] = field(default_factory=dict)
-
-
-def measure(subject: Subject, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """What each dictionary costs the model, in a few passes.
-
-    Args:
-        progress: called with passes done and in all.
-
-    Returns:
-        {"sequences", "saes": {name: {"l0", "ce_clean", "ce_spliced", "ce_zero", "ce_recovered",
-        "delta_ce", "kl"}}}, in nats per prediction; KL is that of clean ‖ spliced.
-    """
-    totals = _Totals(saes={d.name: _Sums() for d in subject.dictionaries})
-    places = list({d.hook_out: d for d in subject.dictionaries}.values())
-    batches = list(subject.text.batches(subject.model))
-    each = 1 + len(places) + len(subject.dictionaries)
-    done = 0
-
-    def passed() -> None:
-        nonlocal done
-        done += 1
-        progress(done, each * len(batches))
-
-    for batch in batches:
-        clean = forward(subject.model, batch.tokens, batch.keep).logits
-        totals.clean += _loss(clean, batch)
-        totals.rows += int(batch.keep.sum())
-        totals.predictions += int(batch.predicts.sum())
-        passed()
-        for place in places:
-            nothing = place.in_place_of(Constant(torch.zeros(1)), "zero")
-            logits = forward(subject.model, batch.tokens, batch.keep, [Splice(nothing)]).logits
-            totals.zero[place.hook_out] = totals.zero.get(place.hook_out, 0.0) + _loss(logits, batch)
-            passed()
-        for dictionary in subject.dictionaries:
-            _add(totals.saes[dictionary.name], subject.model, batch, dictionary, clean)
-            passed()
-    return {
-        "sequences": len(subject.text),
-        "saes": {d.name: _figures(totals, d) for d in subject.dictionaries},
-    }
-
-
-def _add(sums: _Sums, model: LanguageModel, batch: Batch, dictionary: Dictionary, clean: Tensor) -> None:
-    def counting(acts: Tensor) -> Tensor:
-        sums.active += float((acts > 0).sum())
-        return acts
-
-    logits = forward(model, batch.tokens, batch.keep, [Splice(dictionary, change=counting)]).logits
-    sums.cross_entropy += _loss(logits, batch)
-    apart = divergence(clean, logits)[:, :-1]
-    sums.divergence += float(apart[batch.predicts.to(apart.device)].sum())
-
-
-def _loss(logits: Tensor, batch: Batch) -> float:
-    losses = cross_entropy(logits, batch.tokens)
-    return float(losses[batch.predicts.to(losses.device)].sum())
-
-
-def _figures(totals: _Totals, dictionary: Dictionary) -> dict[str, float | None]:
-    sums, n = totals.saes[dictionary.name], totals.predictions
-    clean, zero, spliced = totals.clean / n, totals.zero[dictionary.hook_out] / n, sums.cross_entropy / n
-    return {
-        "l0": sums.active / totals.rows,
-        "ce_clean": clean,
-        "ce_spliced": spliced,
-        "ce_zero": zero,
-        "ce_recovered": recovered(clean, spliced, zero) if zero != clean else None,
-        "delta_ce": spliced - clean,
-        "kl": sums.divergence / n,
-    }

@@ -1,120 +1,68 @@
-"""What each dictionary costs the model when it stands in for the activations of its hook point.
-
-    squared error = mean Σ_d (x − x̂)² per row, in the raw units of the activations
-    explained variance = 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²
-    ΔCE = CE_spliced − CE_clean, nats per predicted token
-    CE recovered = (CE_zero − CE_spliced) / (CE_zero − CE_clean)
-    KL = mean KL(clean ‖ spliced) of next-token distributions, nats
-
-x are activations of the clean pass. All arms see the same tokens.
+"""What each dictionary costs the model when it stands in for the activations of its hook point, in one number
+each: what `positions` measures, over all positions together.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from markupsafe import Markup
 
 from penstock.trainer import figures
-from penstock.trainer.evaluate import HookTally, add_hook, recovered
 from penstock.trainer.figures import Series
-from penstock.trainer.judging.dictionaries import Constant, Dictionary, Identity
-from penstock.trainer.judging.measures import cross_entropy, divergence
 from penstock.trainer.judging.shown import Shown
-from penstock.trainer.judging.splice import Splice, forward
-from penstock.trainer.judging.subject import Subject
-
-SCALE = "mean over rows of Σ_d (x − x̂)², in the raw units of the activations"
 
 
-@dataclass
-class _Sums:
-    """Sums over rows and predictions of one dictionary, or of a control in its place."""
-
-    dictionary: Dictionary
-    residual: float = 0.0
-    active: float = 0.0
-    cross_entropy: float = 0.0
-    kl: float = 0.0
-
-
-def measure(subject: Subject, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Figures of every dictionary, and of controls at every hook point that is replaced.
+def of_positions(record: dict[str, Any]) -> dict[str, Any]:
+    """Figures of every dictionary, and what controls came to, from the record of `positions`.
 
     Returns:
-        {"dictionaries": {name: figures}, "controls": {hook point: {"identity": …, "zero": …}}, …}; see the
-        module for what they mean. None where nothing defines a figure: `l0` without features.
+        {"dictionaries": {name: figures}, "controls": {hook point: …}, …}; None where nothing defines a
+        figure: `l0` without features.
     """
-    model, text = subject.model, subject.text
-    places = {dictionary.hook_out: HookTally() for dictionary in subject.dictionaries}
-    widths = model.widths(list(places))
-    judged = [_Sums(dictionary) for dictionary in subject.dictionaries]
-    controls = {
-        place: {
-            "identity": _Sums(Dictionary("identity", place, place, Identity())),
-            "zero": _Sums(Dictionary("zero", place, place, Constant(torch.zeros(widths[place])))),
-        }
-        for place in places
-    }
-    arms = [*judged, *(sums for pair in controls.values() for sums in pair.values())]
-    clean_loss, predictions = 0.0, 0
-    for batch in text.batches(model):
-        clean = forward(model, batch.tokens, batch.keep, watch=subject.hook_names())
-        kept, counts = batch.keep.to(model.device), batch.predicts.to(model.device)
-        clean_loss += float(cross_entropy(clean.logits, batch.tokens)[counts].sum())
-        predictions += int(counts.sum())
-        for place, tally in places.items():
-            add_hook(tally, clean.seen[place][kept])
-        for sums in arms:
-            one = sums.dictionary
-            x, target = clean.seen[one.hook_name][kept], clean.seen[one.hook_out][kept]
-            acts = one.module.encode(x)
-            sums.active += float((acts > 0).sum())
-            sums.residual += float((target - one.module.reconstruct(x, acts)).double().square().sum())
-            spliced = forward(model, batch.tokens, batch.keep, [Splice(one)]).logits
-            sums.cross_entropy += float(cross_entropy(spliced, batch.tokens)[counts].sum())
-            sums.kl += float(divergence(clean.logits[:, :-1], spliced[:, :-1])[counts].sum())
-        progress(batch.first + len(batch.tokens), len(text))
-
-    def figures_of(sums: _Sums) -> dict[str, Any]:
-        place = sums.dictionary.hook_out
-        zero = controls[place]["zero"].cross_entropy
-        return _figures(sums, places[place], clean_loss / predictions, zero / predictions, predictions)
-
+    zeros = {place: _over_all(arms["zero"]["ce"]) for place, arms in record["sites"].items()}
+    clean = _over_all(record["ce_clean"])
     return {
-        "squared_error_scale": SCALE,
-        "sequences": len(text),
-        "predictions": predictions,
-        "ce_clean": clean_loss / predictions,
-        "dictionaries": {sums.dictionary.name: figures_of(sums) for sums in judged},
+        "squared_error": record["squared_error"],
+        "sequences": record["sequences"],
+        "predictions": sum(record["rows"][:-1]),
+        "ce_clean": clean,
+        "dictionaries": {
+            one["name"]: {
+                "hook_name": one["hook_name"],
+                "hook_out": one["hook_out"],
+                "d_sae": one["d_sae"],
+                "rows": sum(record["rows"]),
+                "l0": one["l0"] if one["d_sae"] else None,
+                "squared_error": _over_all(one["metrics"]["squared_error"]),
+                "explained_variance": _over_all(one["metrics"]["explained_variance"]),
+                "ce_clean": clean,
+                "ce_spliced": _over_all(one["metrics"]["ce"]),
+                "ce_zero": zeros[one["hook_out"]],
+                "ce_recovered": _over_all(one["metrics"]["ce_recovered_zero"]),
+                "delta_ce": _over_all(one["metrics"]["delta_ce"]),
+                "kl": _over_all(one["metrics"]["kl"]),
+            }
+            for one in record["dictionaries"]
+        },
         "controls": {
-            place: {name: figures_of(sums) for name, sums in pair.items()} for place, pair in controls.items()
+            place: {
+                "sequences": found["sequences"],
+                **{
+                    arm: {name: _largest(values) for name, values in found[arm].items()}
+                    for arm in ("identity", "zero_against_ablation")
+                },
+            }
+            for place, found in record["controls"].items()
         },
     }
 
 
-def _figures(sums: _Sums, hook: HookTally, clean: float, zero: float, predictions: int) -> dict[str, Any]:
-    one = sums.dictionary
-    spliced = sums.cross_entropy / predictions
-    share = recovered(clean, spliced, zero)
-    variance = hook.variance()
-    return {
-        "hook_name": one.hook_name,
-        "hook_out": one.hook_out,
-        "d_sae": one.module.d_sae,
-        "rows": hook.rows,
-        "l0": sums.active / hook.rows if one.module.d_sae else None,
-        "squared_error": sums.residual / hook.rows,
-        "explained_variance": 1 - sums.residual / variance if variance > 0 else None,
-        "ce_clean": clean,
-        "ce_spliced": spliced,
-        "ce_zero": zero,
-        "ce_recovered": share if math.isfinite(share) else None,
-        "delta_ce": spliced - clean,
-        "kl": sums.kl / predictions,
-    }
+def _over_all(metric: dict[str, Any]) -> float | None:
+    found: float | None = metric["overall"]["mean"]
+    return found
+
+
+def _largest(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 _COLUMNS = {
@@ -152,19 +100,24 @@ def show(record: dict[str, Any]) -> list[Shown]:
         Shown(
             "overview-controls",
             "Controls",
-            "Both go through the same splice as the dictionaries. The identity must cost nothing (ΔCE, KL "
-            "and Σ(x − x̂)² 0, CE recovered 1), zeros must recover 0",
-            ["Hook point", "Control", *(_COLUMNS[key] for key in _CONTROL)],
+            "Both go through the same splice as the dictionaries, on the first batch: largest differences at "
+            "any position. An identity must change nothing, zeros must do what ablation by hand does",
+            ["Hook point", "Sequences", *_CONTROLS.values()],
             [
-                [place, name, *(one[key] for key in _CONTROL)]
-                for place, pair in record["controls"].items()
-                for name, one in pair.items()
+                [place, found["sequences"], *(found[arm][name] for arm, name in _CONTROLS)]
+                for place, found in record["controls"].items()
             ],
         ),
     ]
 
 
-_CONTROL = ("squared_error", "ce_spliced", "ce_recovered", "delta_ce", "kl")
+_CONTROLS = {
+    ("identity", "squared_error"): "Identity: Σ(x − x̂)²",
+    ("identity", "delta_ce"): "Identity: ΔCE",
+    ("identity", "kl"): "Identity: KL",
+    ("zero_against_ablation", "ce"): "Zeros less ablation: CE",
+    ("zero_against_ablation", "kl"): "Zeros less ablation: KL",
+}
 
 
 def _over_l0(judged: dict[str, dict[str, Any]], field: str, title: str, note: str) -> Shown:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.trainer.evaluate import density
 from penstock.trainer.judging.dictionaries import Constant, Dictionary, Identity
 from penstock.trainer.judging.grid import on_grid, padded
 from penstock.trainer.judging.measures import cross_entropy, divergence
@@ -33,6 +32,7 @@ from penstock.trainer.judging.ratios import Ratio
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.text import Batch
+from penstock.trainer.row_figures import density
 
 ROW_METRICS = ("l0", "l1", "squared_error", "norm")
 CE_METRICS = ("ce", "delta_ce", "kl")
@@ -210,6 +210,7 @@ class _Tally:
                     "name": arm.dictionary.name,
                     "hook_name": arm.dictionary.hook_name,
                     "hook_out": arm.dictionary.hook_out,
+                    "d_sae": arm.dictionary.module.d_sae,
                     "l0": arm.metrics["l0"].overall()["mean"],
                     "metrics": arm.record(),
                     "density": density(arm.fired, int(rows.sum())),

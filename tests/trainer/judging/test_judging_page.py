@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from markupsafe import Markup
 
-from penstock.trainer.judging.experiments import EXPERIMENTS, Experiment, chosen
+from penstock.trainer.judging.experiments import EXPERIMENTS, Experiment, Measurement, chosen
 from penstock.trainer.judging.heat import feature_cards, visible
 from penstock.trainer.judging.page import TABLE_ROWS, cell, csv_files, render_evaluation, shown_by
 from penstock.trainer.judging.shown import Shown
@@ -68,7 +68,11 @@ def figures(l0: float | None, recovered: float | None) -> dict[str, Any]:
 def evaluation() -> dict[str, Any]:
     quiet = feature(share=0.0, mean_active=None, max=None, promotes=None, suppresses=None, examples=[])
     quiet |= {"fired": 0, "histogram": {"edges": [], "counts": [], "zero": 1012}}
-    control = {"identity": figures(None, 1.0), "zero": figures(None, None)}
+    control = {
+        "sequences": 9,
+        "identity": {"squared_error": 0.0, "delta_ce": 0.0, "kl": 0.0},
+        "zero_against_ablation": {"ce": 0.0, "kl": 0.0},
+    }
     return {
         "format": 1,
         "run": "run-<b>1</b>",
@@ -188,7 +192,9 @@ def test_csv_has_every_row_in_full(evaluation: dict[str, Any]) -> None:
 
 def test_a_long_table_is_folded_and_its_csv_is_not() -> None:
     many = Shown("many", "Many", "", ["Layer", "Value"], [[i, i / 7] for i in range(500)])
-    one = Experiment("many", "Many", "", lambda case, progress: {}, lambda record: [many])
+    one = Experiment(
+        "many", "Many", "", Measurement("many", lambda case, progress: {}), lambda record: [many]
+    )
     sections = [(one, [many])]
     evaluation = {
         "run": "r",

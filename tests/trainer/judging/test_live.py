@@ -18,8 +18,9 @@ from penstock.store.dataset import Dataset
 from penstock.trainer.config import RunConfig
 from penstock.trainer.gauges import RunGauges
 from penstock.trainer.group import Group
+from penstock.trainer.judging.costs import measure
 from penstock.trainer.judging.dictionaries import Dictionary
-from penstock.trainer.judging.live import LiveEvaluation, measure
+from penstock.trainer.judging.live import LiveEvaluation
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.text import Text

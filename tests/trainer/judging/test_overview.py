@@ -1,4 +1,4 @@
-"""The overview's figures, against dictionaries whose figures are known and sums done by hand."""
+"""The overview, against dictionaries whose figures are known and sums done by hand."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from penstock.common.model.language_model import LanguageModel
-from penstock.trainer.judging import overview
+from penstock.trainer.judging import overview, positions
 from penstock.trainer.judging.measures import cross_entropy, divergence
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
@@ -24,9 +24,7 @@ def subject(model: LanguageModel, text: Text) -> Subject:
 
 @pytest.fixture(scope="module")
 def record(subject: Subject) -> dict[str, Any]:
-    calls: list[tuple[int, int]] = []
-    found = overview.measure(subject, lambda done, total: calls.append((done, total)))
-    assert calls[-1] == (6, 6)
+    found = overview.of_positions(positions.measure(subject))
     again: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
     return again
 
@@ -43,7 +41,7 @@ def test_figures_are_those_done_by_hand(subject: Subject, record: dict[str, Any]
     spread = (x.double() - x.double().mean(0)).square().sum(1)
     counts = keep[:, :-1]
     base, there = (float(cross_entropy(logits, tokens)[counts].mean()) for logits in (clean.logits, spliced))
-    kl = float(divergence(clean.logits, spliced)[:, :-1][counts].mean())
+    kl = float(divergence(clean.logits, spliced)[keep].mean())
     found = record["dictionaries"]["sae"]
     wanted = {
         "l0": float((acts > 0).sum(1).double().mean()),
@@ -65,21 +63,21 @@ def test_an_identity_costs_nothing_and_zeros_recover_nothing(
     record: dict[str, Any],
 ) -> None:
     assert record["controls"].keys() == {RESIDS[3], MLP}
-    for pair in record["controls"].values():
-        same, zero = pair["identity"], pair["zero"]
-        wanted = {"squared_error": 0.0, "delta_ce": 0.0, "kl": 0.0, "ce_recovered": 1.0, "l0": None}
-        assert {name: same[name] for name in wanted} == wanted
-        assert zero["ce_recovered"] == 0.0
-        assert zero["ce_spliced"] == zero["ce_zero"]
-        assert (zero["kl"] or 0) > 0
+    for found in record["controls"].values():
+        assert found["identity"] == {"squared_error": 0.0, "delta_ce": 0.0, "kl": 0.0}
+        assert found["zero_against_ablation"] == {"ce": 0.0, "kl": 0.0}
     placed = record["dictionaries"]["identity"]
-    assert placed == record["controls"][MLP]["identity"]
+    wanted = {"squared_error": 0.0, "delta_ce": 0.0, "kl": 0.0, "ce_recovered": 1.0, "l0": None}
+    assert {name: placed[name] for name in wanted} == wanted
 
 
-def test_zeros_in_the_place_of_an_sae_score_as_the_control(model: LanguageModel, text: Text) -> None:
+def test_zeros_in_the_place_of_an_sae_recover_nothing(model: LanguageModel, text: Text) -> None:
     zeros = constant(RESIDS[2], torch.zeros(192))
-    found = overview.measure(Subject(model, text, [zeros], 48), lambda done, total: None)
-    assert found["dictionaries"]["constant"] == found["controls"][RESIDS[2]]["zero"]
+    found = overview.of_positions(positions.measure(Subject(model, text, [zeros], 48)))
+    placed = found["dictionaries"]["constant"]
+    assert placed["ce_recovered"] == 0.0
+    assert placed["ce_spliced"] == placed["ce_zero"]
+    assert placed["kl"] > 0
 
 
 def test_every_row_shown_carries_its_l0(record: dict[str, Any]) -> None:
