@@ -19,7 +19,11 @@ STEPS = WINDOW_STEPS * WINDOWS
 DEAD = 7
 """Features that cannot become active, where dead ones are resampled."""
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in KINDS} | {
+KEEP_A_NUMBER = ("topk", "batchtopk", "matryoshka", "switch", "transcoder")
+
+WARMED_UP: dict[str, Any] = {"k_warmup_steps": 50}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in KINDS},
     "standard, resampled": ("standard", {"resample_every_rows": 1500}),
     "standard, tied, resampled": ("standard", {"tied": True, "resample_every_rows": 1500}),
     "standard, noise": ("standard", {"noise": 0.3}),
@@ -28,6 +32,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in 
     "gated, resampled": ("gated", {"resample_every_rows": 1500}),
     "jumprelu, resampled": ("jumprelu", {"resample_every_rows": 1500}),
     "jumprelu, no target": ("jumprelu", {"l0_target": None, "l0_coefficient": 1.0}),
+    **{f"{kind}, k warmed up": (kind, WARMED_UP) for kind in KEEP_A_NUMBER},
+    "transcoder, k warmed up": ("transcoder", WARMED_UP | {"k": 4, "l1_coefficient": None}),
 }
 
 
@@ -91,6 +97,27 @@ def test_a_restored_training_is_bit_identical(name: str) -> None:
     assert set(mine) == set(theirs)
     for key in mine:
         assert torch.equal(mine[key], theirs[key]), key
+
+
+@pytest.mark.parametrize("kind", KEEP_A_NUMBER)
+def test_the_features_kept_fall_to_k(kind: str) -> None:
+    """From as many as the input has dimensions, or the expert features, linearly."""
+    training = begun(f"{kind}, k warmed up")
+    settings = training.settings.model_dump()
+    k, most = settings["k"], min(D, 64 // settings.get("experts", 1))
+    x = torch.rand(BATCH, D)
+    with torch.no_grad():
+        # all pre-activations are positive, so that what is active is what was kept
+        training.sae.W_enc.abs_()
+        training.sae.b_enc.fill_(100.0)
+    for step, wanted in ((0, most), (25, most + round((k - most) / 2)), (50, k), (59, k)):
+        result = training.sae.training_pass(x, x, Schedule(step, STEPS), None)
+        assert int(result.active.sum()) == BATCH * wanted, step
+
+
+def test_without_a_k_there_is_nothing_to_warm_up() -> None:
+    with pytest.raises(ValueError, match="k_warmup_steps: there is no k"):
+        settings_of("transcoder", k=None, l1_coefficient=1.0, k_warmup_steps=5)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "resampled" in name])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from penstock.trainer.kinds.base import SAESettings, StepResult, squared_error, torch
+from penstock.trainer.kinds.base import SAESettings, Schedule, StepResult, squared_error, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +21,23 @@ if TYPE_CHECKING:
 
 
 class AuxKSettings(SAESettings):
-    """Settings of the auxiliary loss."""
+    """Settings of kinds that keep a number of features per row, and of the auxiliary loss."""
 
+    k_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the features kept per row fall linearly to k, from as many as the input has
+    dimensions; 0: k from the first step on."""
     aux_k: int | None = Field(None, ge=1)
     """Dead features that reconstruct the error; null means d_in / 2."""
     aux_coefficient: float = Field(1 / 32, ge=0)
     """Weight of the auxiliary loss."""
+
+    def kept(self, k: int, most: int, schedule: Schedule) -> int:
+        """Features that a row keeps in this step.
+
+        Args:
+            most: with which the warm-up begins.
+        """
+        return schedule.fall(max(k, most), k, self.k_warmup_steps)
 
 
 def auxiliary_loss(sae: SAE, pre_acts: PreActs, dead: Tensor, error: Tensor, directions: Tensor) -> Tensor:

@@ -97,6 +97,10 @@ class Schedule:
         """Rises linearly from 1/steps to 1, which it reaches in step number `steps`."""
         return min(1.0, (self.step + 1) / max(1, steps))
 
+    def fall(self, begin: int, end: int, steps: int) -> int:
+        """Goes linearly from `begin` in the first step to `end`, which it has after `steps` of them."""
+        return end if self.step >= steps else begin + round((end - begin) * self.step / steps)
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -71,7 +71,8 @@ class BatchTopK(Kind):
 
         centred, bias = self.centred(x)
         pre_acts = PreActs.of(centred, self.W_enc, bias)
-        acts = pre_acts.top_of_batch(self.settings.k)
+        k = self.settings.kept(self.settings.k, min(self.d_in, self.d_sae), schedule)
+        acts = pre_acts.top_of_batch(k)
         self.follow(acts.smallest())
         return reconstructed(self, pre_acts, acts, target, dead)
 

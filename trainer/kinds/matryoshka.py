@@ -58,7 +58,8 @@ class Matryoshka(BatchTopK):
 
         centred, bias = self.centred(x)
         pre_acts = PreActs.of(centred, self.W_enc, bias)
-        acts = pre_acts.top_of_batch(self.settings.k)
+        k = self.settings.kept(self.settings.k, min(self.d_in, self.d_sae), schedule)
+        acts = pre_acts.top_of_batch(k)
         self.follow(acts.smallest())
         directions, sizes = self.directions(), self.settings.prefix_sizes
         widths = [end - begin for begin, end in pairwise([0, *sizes])]

@@ -107,7 +107,8 @@ class Switch(Kind):
         centred = x - self.b_dec
         routed = self._route(centred)
         groups, n = routed.groups, self.settings.experts
-        acts = keep_top(routed.pre_acts, self.settings.k) * routed.probability
+        k = self.settings.kept(self.settings.k, min(self.d_in, self.size), schedule)
+        acts = keep_top(routed.pre_acts, k) * routed.probability
         directions = self.directions().view(n, self.size, self.d_in)
         own = directions[self.always_on :]
         decoded = groups.sorted_back(groups.product(acts, own)) + self.b_dec

@@ -64,7 +64,8 @@ class TopK(Kind):
 
         centred, bias = self.centred(x)
         pre_acts = PreActs.of(centred, self.W_enc, bias)
-        acts = pre_acts.top_of_rows(self.k)
+        k = self.settings.kept(self.k, min(self.d_in, self.d_sae), schedule)
+        acts = pre_acts.top_of_rows(k)
         return reconstructed(self, pre_acts, acts, target, dead)
 
     def to_saelens(self) -> Foreign:

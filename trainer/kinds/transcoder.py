@@ -54,6 +54,8 @@ class TranscoderSettings(AuxKSettings):
     def _sparse_one_way(self) -> Self:
         if (self.k is None) == (self.l1_coefficient is None):
             raise ValueError("set either k (TopK) or l1_coefficient (ReLU)")
+        if self.k is None and self.k_warmup_steps:
+            raise ValueError("k_warmup_steps: there is no k; leave it out")
         return self
 
     @property
@@ -102,7 +104,8 @@ class Transcoder(Kind):
         from penstock.trainer.sparse import PreActs
 
         pre_acts = PreActs.of(x, self.W_enc, self.b_enc)
-        acts = pre_acts.top_of_rows(min(self.settings.k or 0, self.d_sae))
+        k = min(self.settings.k or 0, self.d_sae)
+        acts = pre_acts.top_of_rows(self.settings.kept(k, min(self.d_in, self.d_sae), schedule))
         directions = self.directions()
         reconstruction = acts.decode(directions) + self.b_dec
         if self.settings.skip:
