@@ -137,6 +137,9 @@ def judge(
         },
     }
     case = Case(subject, settings, tokenizer, data)
+    for one in experiments:
+        # what cannot be had is told before anything is measured, which may take hours
+        one.reads(case)
     records = {one.name: _record(one, case, store, told, counting) for one in experiments}
     evaluation = {
         "format": FORMAT,

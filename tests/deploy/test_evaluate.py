@@ -258,6 +258,18 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
+def test_what_cannot_be_had_is_told_before_anything_is_measured(
+    evaluate: Callable[..., Judged], config: Config, tmp_path: Path
+) -> None:
+    asked = config.evaluation.contexts.model_copy(update={"features": {"resid-topk": [1 << 20]}})
+    with pytest.raises(ConfigError, match=r"contexts\.features: resid-topk has no feature 1048576"):
+        evaluate("overview", "contexts", contexts=asked)
+    cloze = config.evaluation.cloze.model_copy(update={"sources": [f"lambada:{tmp_path}/none.txt"]})
+    with pytest.raises(UserError, match=r"none\.txt cannot be read"):
+        evaluate("overview", "cloze", cloze=cloze)
+    assert not (tmp_path / "out" / "parts").exists()
+
+
 def test_another_model_is_refused(
     evaluate: Callable[..., Judged], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,7 +150,7 @@ EXPERIMENTS = (
         contexts.show,
         settings=("contexts",),
         apart=True,
-        reads=lambda case: contexts.source_of(case.data, case.settings.contexts),
+        reads=lambda case: contexts.source_of(case.subject, case.data, case.settings.contexts),
     ),
 )
 
