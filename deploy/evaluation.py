@@ -95,12 +95,17 @@ def live_evaluation(config: Config) -> "LiveEvaluation | None":
     from penstock.trainer.judging.live import LiveEvaluation
 
     loaded: list[LanguageModel] = []
+    last: list[tuple[list[tuple[str, str]], Text]] = []
 
     def open_(run: "RunConfig") -> "tuple[LanguageModel, Text]":
         from penstock.common.model.language_model import LanguageModel
         from penstock.store.corpus import HELD_OUT
         from penstock.trainer.judging.text import Text
 
+        pins = [(pin.corpus_digest, pin.weights_sha256) for pin in run.datasets]
+        if last and last[0][0] == pins:
+            # large weights take long to read and check, and training waits
+            return loaded[0], last[0][1]
         corpus, files = held_out_text(config, run)
         n = min(config.evaluation.live_sequences, corpus.manifest.n_held_out)
         if n == 0:
@@ -108,7 +113,9 @@ def live_evaluation(config: Config) -> "LiveEvaluation | None":
         if not loaded:
             # no threads: those that the run trains with are none of its business
             loaded.append(LanguageModel(files, config.model.model_copy(update={"threads": None})))
-        return loaded[0], Text(corpus.tokens(0, n, HELD_OUT), corpus.manifest.special_ids)
+        text = Text(corpus.tokens(0, n, HELD_OUT), corpus.manifest.special_ids)
+        last[:] = [(pins, text)]
+        return loaded[0], text
 
     return LiveEvaluation(config.trainer.evaluate_every, open_)
 

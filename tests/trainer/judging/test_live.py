@@ -276,6 +276,9 @@ def test_the_model_is_loaded_once_and_only_when_it_is_wanted(
     assert len(live._open(run)[1]) == 3
     assert live._open(run)[0] is model
     assert made == [None], "threads are left as the training has them"
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model.files), "weights_sha256", lambda files: pytest.fail("checked again"))
+        assert len(live._open(run)[1]) == 3
     with pytest.raises(UserError, match="is not a corpus of run"):
         live._open(_run_of(**pin | {"corpus_digest": "other"}))
     with pytest.raises(UserError, match=r"the weights of builtin:pystd-6l are not those of toy"):
