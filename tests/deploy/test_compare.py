@@ -106,6 +106,21 @@ def test_evaluations_can_be_compared_with_reports(two: list[str], tmp_path: Path
     assert "Not on the same text" in (tmp_path / "page.html").read_text()
 
 
+def test_other_sequences_of_the_same_text_are_another_text(two: list[str], tmp_path: Path) -> None:
+    fewer = write(tmp_path / "fewer", summary("other", sae("a", rows=500)))
+    compare([two[0], fewer], tmp_path / "page.html")
+    assert "Not on the same text" in (tmp_path / "page.html").read_text()
+
+
+def test_an_evaluation_without_its_overview(two: list[str], tmp_path: Path) -> None:
+    subject = {"model": {"name": "judged"}, "text": {"description": "text"}}
+    folder = write(tmp_path / "judged", {"subject": subject, "experiments": {}}, "evaluation.json")
+    with pytest.raises(
+        UserError, match=r"holds no overview, which is compared; evaluate with `--only overview`"
+    ):
+        compare([two[0], folder], tmp_path / "page.html")
+
+
 def test_equal_names_want_labels(two: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"two evaluations are of 'tiny'; name each of them: LABEL=PATH"):
         compare([two[0], two[0]], tmp_path / "page.html")

@@ -61,10 +61,14 @@ def read_judged(record: Mapping[str, Any], source: str) -> Judged:
         source: where it came from, for the message.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or an evaluation without its overview.
     """
     try:
         if "experiments" in record:
+            if "overview" not in record["experiments"]:
+                raise UserError(
+                    f"{source} holds no overview, which is compared; evaluate with `--only overview`"
+                )
             return _of_evaluation(record)
         return _of_summary(record)
     except (KeyError, TypeError, AttributeError) as error:
@@ -81,7 +85,9 @@ def _of_summary(summary: Mapping[str, Any]) -> Judged:
         found = {**sae["held_out"], **trained, "d_sae": sae["d_sae"]}
         figures[sae["name"]] = _numbers(found)
         places[sae["name"]] = _place(sae)
-    return Judged(summary["model"]["name"], summary["dataset"]["corpus"], figures, places)
+    dataset = summary["dataset"]
+    text = _text(dataset["corpus"], dataset.get("context"), figures)
+    return Judged(summary["model"]["name"], text, figures, places)
 
 
 def _of_evaluation(evaluation: Mapping[str, Any]) -> Judged:
@@ -89,7 +95,14 @@ def _of_evaluation(evaluation: Mapping[str, Any]) -> Judged:
     subject = evaluation["subject"]
     figures = {name: _numbers(found) for name, found in judged.items()}
     places = {name: _place(found) for name, found in judged.items()}
-    return Judged(subject["model"]["name"], str(subject["text"]["description"]), figures, places)
+    text = _text(subject["text"]["description"], subject["text"].get("context"), figures)
+    return Judged(subject["model"]["name"], text, figures, places)
+
+
+def _text(description: str, context: int | None, figures: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Which text, cut into which sequences, and how many rows of it: what both kinds of records know."""
+    rows = {str(found["rows"]) for found in figures.values() if found.get("rows") is not None}
+    return f"{description}; {context} tokens; {', '.join(sorted(rows))} rows"
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:
