@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from penstock.common.errors import ConfigError, UserError
+from penstock.common.logs import LOGGER
 from penstock.deploy.config import Config, EvaluationSettings
 from penstock.store.corpus import HELD_OUT, Corpus, open_corpus
 from penstock.store.manifest import Manifest
@@ -69,6 +70,12 @@ def judged_text(
     if n == 0:
         raise UserError(
             f"evaluation: the corpus holds out less than one sequence of {wanted} tokens; add text to it"
+        )
+    if n < settings.judged_sequences:
+        LOGGER.warning(
+            "evaluation.judged_sequences: %d were asked for and only %d of %d tokens are held out; these are "
+            "judged",
+            *(settings.judged_sequences, n, wanted),
         )
     return JudgedText(Text(corpus.tokens(0, n, HELD_OUT), corpus.manifest.special_ids), corpus)
 

@@ -17,12 +17,13 @@ from penstock.common.model.files import ModelFiles
 from penstock.deploy.config import Config, load_config
 from penstock.deploy.counting import Counting
 from penstock.deploy.judge import Judged, judge
+from penstock.deploy.judged_text import judged_text
 from penstock.deploy.processes import build_corpus
 from penstock.store.corpus import HELD_OUT, TRAIN, Corpus, corpus_arrays, open_corpus
 from penstock.store.dataset import open_dataset
 from penstock.trainer.judging import experiments
 from services.command import called, penstock, start
-from services.lm import shipped_model
+from services.lm import shipped_model, shipped_tokenizer
 from services.waiting import eventually
 
 Counts = dict[str, int]
@@ -221,6 +222,21 @@ def test_a_longer_context_is_packed_anew_and_warned_of(
     # the same call again packs nothing and measures nothing
     evaluate("overview", context=256)
     assert counts == {BASE[0]: 1}
+
+
+def test_fewer_sequences_than_asked_for_are_said(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config.evaluation.model_copy(update={"judged_sequences": 100_000})
+    with caplog.at_level(logging.WARNING):
+        found = judged_text(config, settings, 128, shipped_tokenizer(), str(tmp_path), lambda done, of: None)
+    there = open_corpus(config.corpus.url).manifest.n_held_out
+    assert len(found.text) == there
+    assert f"100000 were asked for and only {there} of 128 tokens are held out" in caplog.text
+    caplog.clear()
+    few = config.evaluation.model_copy(update={"judged_sequences": there})
+    judged_text(config, few, 128, shipped_tokenizer(), str(tmp_path), lambda done, of: None)
+    assert not caplog.text
 
 
 def test_another_text_is_warned_of(config: Config, evaluate: Callable[..., Judged], tmp_path: Path) -> None:
