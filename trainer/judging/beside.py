@@ -29,8 +29,15 @@ METRICS = {
     "ce_zero": "CE zero",
     "ce_mean": "CE mean",
     "ce_recovered": "CE recovered",
+    "ce_recovered_mean": "CE recovered, mean",
     "delta_ce": "ΔCE",
     "kl": "KL",
+    "cloze_accuracy_clean": "Accuracy on tasks, clean",
+    "cloze_accuracy": "Accuracy on tasks, spliced",
+    "cloze_delta_ln_p": "Δln p on tasks",
+    "cloze_never_active": "Features active on no prompt",
+    "l1": "L1",
+    "norm": "‖x‖",
     "dead_features": "Dead features, held out",
     "rows": "Rows, held out",
     "training_l0": "L0, in training",
@@ -93,10 +100,30 @@ def _of_summary(summary: Mapping[str, Any]) -> Judged:
 def _of_evaluation(evaluation: Mapping[str, Any]) -> Judged:
     judged = evaluation["experiments"]["overview"]["dictionaries"]
     subject = evaluation["subject"]
-    figures = {name: _numbers(found) for name, found in judged.items()}
+    besides = _besides(evaluation["experiments"])
+    figures = {name: _numbers({**found, **besides.get(name, {})}) for name, found in judged.items()}
     places = {name: _place(found) for name, found in judged.items()}
     text = _text(subject["text"]["description"], subject["text"].get("context"), figures)
     return Judged(subject["model"]["name"], text, figures, places)
+
+
+def _besides(experiments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Overall figures of each SAE from experiments other than the overview, as far as they were made."""
+    found: dict[str, dict[str, Any]] = {}
+    positions = experiments.get("positions", {"dictionaries": []})
+    for one in positions["dictionaries"]:
+        overall = {name: metric["overall"]["mean"] for name, metric in one["metrics"].items()}
+        told = {name: overall[name] for name in ("l1", "norm", "ce_recovered_mean")}
+        told["ce_mean"] = positions["sites"][one["hook_out"]]["mean"]["ce"]["overall"]["mean"]
+        found.setdefault(one["name"], {}).update(told)
+    cloze = experiments.get("cloze", {"dictionaries": []})
+    for one in cloze["dictionaries"]:
+        told = {"cloze_accuracy_clean": cloze["clean"]["accuracy"], "cloze_accuracy": one["accuracy"]}
+        told["cloze_delta_ln_p"] = one["mean_delta_ln_p"]
+        found.setdefault(one["name"], {}).update(told)
+    for one in experiments.get("feature_scores", {"dictionaries": []})["dictionaries"]:
+        found.setdefault(one["name"], {})["cloze_never_active"] = one["never_active"]
+    return found
 
 
 def _text(description: str, context: int | None, figures: Mapping[str, Mapping[str, float | None]]) -> str:
