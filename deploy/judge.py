@@ -104,7 +104,7 @@ def judge(
     model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
     check_context(settings.context or trained_context, model)
     counting.begin("packing the text")
-    judged = judged_text(config, settings, trained_context, tokenizer, url, counting)
+    judged = judged_text(config, settings, trained_context, tokenizer, url)
     warnings = departures(manifests, judged, model, trained_context)
     for line in warnings:
         LOGGER.warning("%s", line)

@@ -229,13 +229,13 @@ def test_fewer_sequences_than_asked_for_are_said(
 ) -> None:
     settings = config.evaluation.model_copy(update={"judged_sequences": 100_000})
     with caplog.at_level(logging.WARNING):
-        found = judged_text(config, settings, 128, shipped_tokenizer(), str(tmp_path), lambda done, of: None)
+        found = judged_text(config, settings, 128, shipped_tokenizer(), str(tmp_path))
     there = open_corpus(config.corpus.url).manifest.n_held_out
     assert len(found.text) == there
     assert f"100000 were asked for and only {there} of 128 tokens are held out" in caplog.text
     caplog.clear()
     few = config.evaluation.model_copy(update={"judged_sequences": there})
-    judged_text(config, few, 128, shipped_tokenizer(), str(tmp_path), lambda done, of: None)
+    judged_text(config, few, 128, shipped_tokenizer(), str(tmp_path))
     assert not caplog.text
 
 
@@ -313,6 +313,21 @@ def test_progress_tells_the_rate_and_the_time_left() -> None:
         "overview: 20 of 80, 1/s, 60 s left",
     ]
     assert len(lines) == 5
+
+
+def test_packing_tells_no_rate_that_is_none(
+    evaluate: Callable[..., Judged], config: Config, run_url: str, tmp_path: Path
+) -> None:
+    """Packing counts training tokens, of which it wants next to none: that is no share of the work."""
+    now, lines = [0.0], list[str]()
+
+    def clock() -> float:
+        now[0] += 60
+        return now[0]
+
+    few = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"context": 64})})
+    judge(few, run_url, str(tmp_path / "out"), ["overview"], {}, Counting(lines.append, clock))
+    assert [line for line in lines if line.startswith("packing")] == ["packing the text"]
 
 
 @pytest.mark.long
