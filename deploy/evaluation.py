@@ -95,16 +95,22 @@ def live_evaluation(config: Config) -> "LiveEvaluation | None":
     from penstock.trainer.judging.live import LiveEvaluation
 
     loaded: list[LanguageModel] = []
+    last: list[tuple[list[tuple[str, str]], Text]] = []
 
     def open_(run: "RunConfig") -> "tuple[LanguageModel, Text]":
         from penstock.common.model.language_model import LanguageModel
         from penstock.trainer.evaluate import held_out_text
 
+        pins = [(pin.corpus_digest, pin.weights_sha256) for pin in run.datasets]
+        if last and last[0][0] == pins:
+            # large weights take long to read and check, and training waits
+            return loaded[0], last[0][1]
         corpus, files = corpus_and_model(config, run)
         text = held_out_text(corpus, config.evaluation.live_sequences)
         if not loaded:
             # no threads: those that the run trains with are none of its business
             loaded.append(LanguageModel(files, config.model.model_copy(update={"threads": None})))
+        last[:] = [(pins, text)]
         return loaded[0], text
 
     return LiveEvaluation(config.trainer.evaluate_every, open_)

@@ -104,7 +104,7 @@ def judge(
     model = LanguageModel(files, config.model.model_copy(update={"threads": None}))
     check_context(settings.context or trained_context, model)
     counting.begin("packing the text")
-    judged = judged_text(config, settings, trained_context, tokenizer, url, counting)
+    judged = judged_text(config, settings, trained_context, tokenizer, url)
     warnings = departures(manifests, judged, model, trained_context)
     for line in warnings:
         LOGGER.warning("%s", line)
@@ -137,6 +137,9 @@ def judge(
         },
     }
     case = Case(subject, settings, tokenizer, data)
+    for one in experiments:
+        # what cannot be had is told before anything is measured, which may take hours
+        one.measurement.reads(case)
     records = {
         one.name: one.answer(_measured(one.measurement, case, store, told, counting)) for one in experiments
     }

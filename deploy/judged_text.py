@@ -1,13 +1,14 @@
 """The text that a run's dictionaries are judged on, and how far it is from what they were trained on."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from penstock.common.errors import ConfigError, UserError
+from penstock.common.logs import LOGGER
 from penstock.deploy.config import Config, EvaluationSettings
 from penstock.store.corpus import HELD_OUT, Corpus, open_corpus
 from penstock.store.manifest import Manifest
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from penstock.common.model.files import LoadedTokenizer
     from penstock.common.model.language_model import LanguageModel
     from penstock.trainer.judging.text import Text
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ def judged_text(
     trained_context: int,
     tokenizer: "LoadedTokenizer",
     out: str,
-    progress: Progress,
 ) -> JudgedText:
     """Held-out sequences of the config's corpus or, at another context, of the same text packed anew.
 
@@ -64,11 +62,17 @@ def judged_text(
     corpus = open_corpus(config.corpus.url)
     wanted = settings.context or trained_context
     if corpus.manifest.context != wanted:
-        corpus = _packed_anew(config, settings.judged_sequences, corpus, wanted, tokenizer, out, progress)
+        corpus = _packed_anew(config, settings.judged_sequences, corpus, wanted, tokenizer, out)
     n = min(settings.judged_sequences, corpus.manifest.n_held_out)
     if n == 0:
         raise UserError(
             f"evaluation: the corpus holds out less than one sequence of {wanted} tokens; add text to it"
+        )
+    if n < settings.judged_sequences:
+        LOGGER.warning(
+            "evaluation.judged_sequences: %d were asked for and only %d of %d tokens are held out; these are "
+            "judged",
+            *(settings.judged_sequences, n, wanted),
         )
     return JudgedText(Text(corpus.tokens(0, n, HELD_OUT), corpus.manifest.special_ids), corpus)
 
@@ -80,7 +84,6 @@ def _packed_anew(
     context: int,
     tokenizer: "LoadedTokenizer",
     out: str,
-    progress: Progress,
 ) -> Corpus:
     from penstock.producer.corpus import ensure_corpus
 
@@ -98,7 +101,8 @@ def _packed_anew(
     told = changed.model_dump_json(exclude={"url"})
     name = f"corpus-{context}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     changed = changed.model_copy(update={"url": f"{out}/{name}"})
-    return ensure_corpus(changed, tokenizer, lambda done, _: progress(done, tokens))
+    # it tells how many training tokens there are, of which next to none are wanted
+    return ensure_corpus(changed, tokenizer, lambda done, wanted: None)
 
 
 def check_context(context: int, model: "LanguageModel") -> None:

@@ -106,6 +106,58 @@ def test_evaluations_can_be_compared_with_reports(two: list[str], tmp_path: Path
     assert "Not on the same text" in (tmp_path / "page.html").read_text()
 
 
+def test_all_that_an_evaluation_has_overall_stands_beside(two: list[str], tmp_path: Path) -> None:
+    def overall(value: float) -> dict[str, Any]:
+        return {"overall": {"mean": value}}
+
+    metrics = {
+        name: overall(value) for name, value in [("l1", 9.0), ("norm", 7.0), ("ce_recovered_mean", 0.8)]
+    }
+    place = {"name": "a", "hook_out": "h"}
+    experiments = {
+        "overview": {"dictionaries": {"a": {"hook_name": "h", "hook_out": "h", "d_sae": 64, "l0": 30.0}}},
+        "positions": {
+            "dictionaries": [place | {"metrics": metrics}],
+            "sites": {"h": {"mean": {"ce": overall(6.5)}}},
+        },
+        "cloze": {
+            "clean": {"accuracy": 0.75},
+            "dictionaries": [place | {"accuracy": 0.5, "mean_delta_ln_p": -0.25}],
+        },
+        "feature_scores": {"dictionaries": [place | {"never_active": 11}]},
+    }
+    subject = {"model": {"name": "judged"}, "text": {"description": "text", "context": 64}}
+    folder = write(tmp_path / "judged", {"subject": subject, "experiments": experiments}, "evaluation.json")
+    compare([two[0], folder], tmp_path / "page.html")
+    found = rows_of(tmp_path / "beside.csv")
+    expected = {
+        "L1": "9.0",
+        "‖x‖": "7.0",
+        "CE recovered, mean": "0.8",
+        "CE mean": "6.5",
+        "Accuracy on tasks, clean": "0.75",
+        "Accuracy on tasks, spliced": "0.5",
+        "Δln p on tasks": "-0.25",
+        "Features active on no prompt": "11",
+    }
+    assert {name: found["a", name] for name in expected} == {k: ["", v] for k, v in expected.items()}
+
+
+def test_other_sequences_of_the_same_text_are_another_text(two: list[str], tmp_path: Path) -> None:
+    fewer = write(tmp_path / "fewer", summary("other", sae("a", rows=500)))
+    compare([two[0], fewer], tmp_path / "page.html")
+    assert "Not on the same text" in (tmp_path / "page.html").read_text()
+
+
+def test_an_evaluation_without_its_overview(two: list[str], tmp_path: Path) -> None:
+    subject = {"model": {"name": "judged"}, "text": {"description": "text"}}
+    folder = write(tmp_path / "judged", {"subject": subject, "experiments": {}}, "evaluation.json")
+    with pytest.raises(
+        UserError, match=r"holds no overview, which is compared; evaluate with `--only overview`"
+    ):
+        compare([two[0], folder], tmp_path / "page.html")
+
+
 def test_equal_names_want_labels(two: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"two evaluations are of 'tiny'; name each of them: LABEL=PATH"):
         compare([two[0], two[0]], tmp_path / "page.html")

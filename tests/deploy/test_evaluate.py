@@ -17,12 +17,13 @@ from penstock.common.model.files import ModelFiles
 from penstock.deploy.config import Config, load_config
 from penstock.deploy.counting import Counting
 from penstock.deploy.judge import Judged, judge
+from penstock.deploy.judged_text import judged_text
 from penstock.deploy.processes import build_corpus
 from penstock.store.corpus import HELD_OUT, TRAIN, Corpus, corpus_arrays, open_corpus
 from penstock.store.dataset import open_dataset
 from penstock.trainer.judging import experiments
 from services.command import called, penstock, start
-from services.lm import shipped_model
+from services.lm import shipped_model, shipped_tokenizer
 from services.waiting import eventually
 
 Counts = dict[str, int]
@@ -224,6 +225,21 @@ def test_a_longer_context_is_packed_anew_and_warned_of(
     assert counts == {BASE[0]: 1}
 
 
+def test_fewer_sequences_than_asked_for_are_said(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config.evaluation.model_copy(update={"judged_sequences": 100_000})
+    with caplog.at_level(logging.WARNING):
+        found = judged_text(config, settings, 128, shipped_tokenizer(), str(tmp_path))
+    there = open_corpus(config.corpus.url).manifest.n_held_out
+    assert len(found.text) == there
+    assert f"100000 were asked for and only {there} of 128 tokens are held out" in caplog.text
+    caplog.clear()
+    few = config.evaluation.model_copy(update={"judged_sequences": there})
+    judged_text(config, few, 128, shipped_tokenizer(), str(tmp_path))
+    assert not caplog.text
+
+
 def test_another_text_is_warned_of(config: Config, evaluate: Callable[..., Judged], tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -259,6 +275,18 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
+def test_what_cannot_be_had_is_told_before_anything_is_measured(
+    evaluate: Callable[..., Judged], config: Config, tmp_path: Path
+) -> None:
+    asked = config.evaluation.contexts.model_copy(update={"features": {"resid-topk": [1 << 20]}})
+    with pytest.raises(ConfigError, match=r"contexts\.features: resid-topk has no feature 1048576"):
+        evaluate("overview", "contexts", contexts=asked)
+    cloze = config.evaluation.cloze.model_copy(update={"sources": [f"lambada:{tmp_path}/none.txt"]})
+    with pytest.raises(UserError, match=r"none\.txt cannot be read"):
+        evaluate("overview", "cloze", cloze=cloze)
+    assert not (tmp_path / "out" / "parts").exists()
+
+
 def test_another_model_is_refused(
     evaluate: Callable[..., Judged], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +314,21 @@ def test_progress_tells_the_rate_and_the_time_left() -> None:
         "overview: 20 of 80, 1/s, 60 s left",
     ]
     assert len(lines) == 5
+
+
+def test_packing_tells_no_rate_that_is_none(
+    evaluate: Callable[..., Judged], config: Config, run_url: str, tmp_path: Path
+) -> None:
+    """Packing counts training tokens, of which it wants next to none: that is no share of the work."""
+    now, lines = [0.0], list[str]()
+
+    def clock() -> float:
+        now[0] += 60
+        return now[0]
+
+    few = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"context": 64})})
+    judge(few, run_url, str(tmp_path / "out"), ["overview"], {}, Counting(lines.append, clock))
+    assert [line for line in lines if line.startswith("packing")] == ["packing the text"]
 
 
 @pytest.mark.long

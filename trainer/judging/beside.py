@@ -29,8 +29,15 @@ METRICS = {
     "ce_zero": "CE zero",
     "ce_mean": "CE mean",
     "ce_recovered": "CE recovered",
+    "ce_recovered_mean": "CE recovered, mean",
     "delta_ce": "ΔCE",
     "kl": "KL",
+    "cloze_accuracy_clean": "Accuracy on tasks, clean",
+    "cloze_accuracy": "Accuracy on tasks, spliced",
+    "cloze_delta_ln_p": "Δln p on tasks",
+    "cloze_never_active": "Features active on no prompt",
+    "l1": "L1",
+    "norm": "‖x‖",
     "dead_features": "Dead features, held out",
     "rows": "Rows, held out",
     "training_l0": "L0, in training",
@@ -61,10 +68,14 @@ def read_judged(record: Mapping[str, Any], source: str) -> Judged:
         source: where it came from, for the message.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or an evaluation without its overview.
     """
     try:
         if "experiments" in record:
+            if "overview" not in record["experiments"]:
+                raise UserError(
+                    f"{source} holds no overview, which is compared; evaluate with `--only overview`"
+                )
             return _of_evaluation(record)
         return _of_summary(record)
     except (KeyError, TypeError, AttributeError) as error:
@@ -81,15 +92,44 @@ def _of_summary(summary: Mapping[str, Any]) -> Judged:
         found = {**sae["held_out"], **trained, "d_sae": sae["d_sae"]}
         figures[sae["name"]] = _numbers(found)
         places[sae["name"]] = _place(sae)
-    return Judged(summary["model"]["name"], summary["dataset"]["corpus"], figures, places)
+    dataset = summary["dataset"]
+    text = _text(dataset["corpus"], dataset.get("context"), figures)
+    return Judged(summary["model"]["name"], text, figures, places)
 
 
 def _of_evaluation(evaluation: Mapping[str, Any]) -> Judged:
     judged = evaluation["experiments"]["overview"]["dictionaries"]
     subject = evaluation["subject"]
-    figures = {name: _numbers(found) for name, found in judged.items()}
+    besides = _besides(evaluation["experiments"])
+    figures = {name: _numbers({**found, **besides.get(name, {})}) for name, found in judged.items()}
     places = {name: _place(found) for name, found in judged.items()}
-    return Judged(subject["model"]["name"], str(subject["text"]["description"]), figures, places)
+    text = _text(subject["text"]["description"], subject["text"].get("context"), figures)
+    return Judged(subject["model"]["name"], text, figures, places)
+
+
+def _besides(experiments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Overall figures of each SAE from experiments other than the overview, as far as they were made."""
+    found: dict[str, dict[str, Any]] = {}
+    positions = experiments.get("positions", {"dictionaries": []})
+    for one in positions["dictionaries"]:
+        overall = {name: metric["overall"]["mean"] for name, metric in one["metrics"].items()}
+        told = {name: overall[name] for name in ("l1", "norm", "ce_recovered_mean")}
+        told["ce_mean"] = positions["sites"][one["hook_out"]]["mean"]["ce"]["overall"]["mean"]
+        found.setdefault(one["name"], {}).update(told)
+    cloze = experiments.get("cloze", {"dictionaries": []})
+    for one in cloze["dictionaries"]:
+        told = {"cloze_accuracy_clean": cloze["clean"]["accuracy"], "cloze_accuracy": one["accuracy"]}
+        told["cloze_delta_ln_p"] = one["mean_delta_ln_p"]
+        found.setdefault(one["name"], {}).update(told)
+    for one in experiments.get("feature_scores", {"dictionaries": []})["dictionaries"]:
+        found.setdefault(one["name"], {})["cloze_never_active"] = one["never_active"]
+    return found
+
+
+def _text(description: str, context: int | None, figures: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Which text, cut into which sequences, and how many rows of it: what both kinds of records know."""
+    rows = {str(found["rows"]) for found in figures.values() if found.get("rows") is not None}
+    return f"{description}; {context} tokens; {', '.join(sorted(rows))} rows"
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float | None]:

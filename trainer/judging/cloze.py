@@ -112,16 +112,19 @@ def load_cloze(settings: ClozeSettings, tokenizer: LoadedTokenizer, context: int
         bos: whether prompts begin with BOS, as the corpus's sequences do or do not.
 
     Raises:
-        UserError: a source is unknown, or a file is not what it should be; names file and line.
+        UserError: a source is unknown, two give tasks of the same name, or a file is not what it should be;
+            names file and line.
     """
     from penstock.trainer.judging.cloze_python import python_items
 
     items: list[Item] = []
     left_out: dict[str, int] = {}
     for source in settings.sources:
+        taken = {item.task for item in items}
         if source == BUILTIN:
             limit = min(context, settings.max_tokens or BUILTIN_TOKENS)
-            items += python_items(Maker(tokenizer, limit, bos), settings.per_task, settings.seed)
+            found = python_items(Maker(tokenizer, limit, bos), settings.per_task, settings.seed)
+            items += _apart(found, taken, source)
             continue
         kind, _, name = source.partition(":")
         if kind not in _READERS or not name:
@@ -133,9 +136,20 @@ def load_cloze(settings: ClozeSettings, tokenizer: LoadedTokenizer, context: int
         found, missed = _drawn(_READERS[kind](path), maker, path.stem, settings)
         if not found:
             raise UserError(f"cloze: {path} has no usable item; each line must hold a passage and its answer")
-        items += found
+        items += _apart(found, taken, source)
         left_out[path.stem] = left_out.get(path.stem, 0) + missed
     return Cloze(items, left_out)
+
+
+def _apart(found: list[Item], taken: set[str], source: str) -> list[Item]:
+    """The items of a source; raises UserError if their tasks are called as some of a source before it."""
+    for item in found:
+        if item.task in taken:
+            raise UserError(
+                f"evaluation.cloze.sources: {source} gives a task {item.task!r}, as a source before it does; "
+                "rename the file"
+            )
+    return found
 
 
 def _drawn(

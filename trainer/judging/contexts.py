@@ -35,8 +35,15 @@ _PIECE = 1 << 32
 Progress = Callable[[int, int], None]
 
 
-def source_of(data: JoinedDataset, settings: ContextSettings) -> dict[str, Any]:
-    """What rows are read, as JSON."""
+def source_of(subject: Subject, data: JoinedDataset, settings: ContextSettings) -> dict[str, Any]:
+    """What rows are read, as JSON.
+
+    Raises:
+        ConfigError: a feature that was asked for does not exist.
+        UserError: no row is stored yet.
+    """
+    for one in subject.dictionaries:
+        _asked(one, settings)
     chunks = readable_chunks(data, settings.max_chunks)
     return {"datasets": [part.manifest.digest for part in data.parts], "chunks": chunks}
 
@@ -76,13 +83,7 @@ def _measure(
     settings: ContextSettings,
     progress: Progress,
 ) -> dict[str, Any]:
-    asked = settings.features.get(one.name)
-    for feature in asked or ():
-        if not 0 <= feature < one.module.d_sae:
-            raise ConfigError(
-                f"evaluation.contexts.features: {one.name} has no feature {feature}; it has 0 to "
-                f"{one.module.d_sae - 1}"
-            )
+    asked = _asked(one, settings)
     numbers = rows.numbers()
     activity = Activity(one.module.d_sae, settings.examples, subject.model.device)
     for done, number in enumerate(numbers):
@@ -111,6 +112,18 @@ def _measure(
             for feature, band in wanted
         ],
     }
+
+
+def _asked(one: Dictionary, settings: ContextSettings) -> list[int] | None:
+    """The features that settings ask for; None where they leave it to a draw."""
+    asked = settings.features.get(one.name)
+    for feature in asked or ():
+        if not 0 <= feature < one.module.d_sae:
+            raise ConfigError(
+                f"evaluation.contexts.features: {one.name} has no feature {feature}; it has 0 to "
+                f"{one.module.d_sae - 1}"
+            )
+    return asked
 
 
 def _encoded(one: Dictionary, acts: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -4,7 +4,7 @@
     explained variance = 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²
     ΔCE = CE_spliced − CE_clean, nats per predicted token
     CE recovered = (CE_zero − CE_spliced) / (CE_zero − CE_clean)
-    KL = mean KL(clean ‖ spliced) of next-token distributions, nats
+    KL = mean KL(clean ‖ spliced) per row, of next-token distributions, nats
 
 x are activations of the clean pass; CE_zero replaces them by zeros. All arms see the same tokens. This is the
 quick look, at the end of a run and while it trains; `positions` tells what it costs where in a sequence.
@@ -109,8 +109,7 @@ def _add(sums: _Sums, one: Dictionary, model: LanguageModel, batch: Batch, clean
     sums.rows.add(target, one.module.reconstruct(x, acts), acts)
     logits = forward(model, batch.tokens, batch.keep, [Splice(one)]).logits
     sums.cross_entropy += _loss(logits, batch)
-    apart = divergence(clean.logits[:, :-1], logits[:, :-1])
-    sums.divergence += float(apart[batch.predicts.to(apart.device)].sum())
+    sums.divergence += float(divergence(clean.logits, logits)[kept].sum())
 
 
 def _nothing(place: str) -> Dictionary:
@@ -147,5 +146,5 @@ def _figures(sums: _Sums, spread: Spread, totals: _Totals, place: str) -> dict[s
         "ce_zero": zero,
         "ce_recovered": recovered(clean, spliced, zero),
         "delta_ce": spliced - clean,
-        "kl": sums.divergence / n,
+        "kl": sums.divergence / spread.rows,
     }

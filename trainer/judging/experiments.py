@@ -176,7 +176,7 @@ EXPERIMENTS = (
                 case.subject, case.data, case.tokenizer, case.settings.contexts, progress
             ),
             ("contexts",),
-            lambda case: contexts.source_of(case.data, case.settings.contexts),
+            lambda case: contexts.source_of(case.subject, case.data, case.settings.contexts),
             apart=True,
         ),
         contexts.show,

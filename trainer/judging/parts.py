@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from penstock.common.errors import DataError, ObjectMissing
+from penstock.common.errors import DataError, ModelError, ObjectMissing
 from penstock.store.objects import ObjectStore
 
 Record = dict[str, Any]
@@ -25,13 +25,23 @@ class Parts:
         self._made_from = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def part(self, name: str, compute: Callable[[], Record]) -> Record:
-        """The record of that name: as it was kept, or computed now and kept. JSON values only."""
+        """The record of that name: as it was kept, or computed now and kept. JSON values only.
+
+        Raises:
+            ModelError: it holds a number that is not finite.
+        """
         key = f"parts/{name}.json"
         kept = self._kept(key)
         if kept is not None:
             return kept
         record = compute()
-        text = json.dumps({"made_from": self._made_from, "record": record}, allow_nan=False)
+        try:
+            text = json.dumps({"made_from": self._made_from, "record": record}, allow_nan=False)
+        except ValueError as error:
+            raise ModelError(
+                f"{name}: a figure is not finite, so the model or a dictionary computes infinities; try "
+                "model.dtype float32"
+            ) from error
         self._store.put(key, text.encode())
         # what is used now is what a later call would read
         found: Record = json.loads(text)["record"]

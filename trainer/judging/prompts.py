@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from penstock.trainer.judging.cloze import Item
 from penstock.trainer.judging.splice import Pass
 from penstock.trainer.judging.subject import Subject
-from penstock.trainer.judging.text import LOGIT_BYTES
+from penstock.trainer.judging.text import LOGIT_BYTES, ROWS
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def batches(
         at_once: prompts in a batch, at most; None: as many as their logits and features have memory for.
     """
     places = range(len(items)) if which is None else which
-    cost = 4 * width(subject)
+    cost = max(4 * width(subject), LOGIT_BYTES // ROWS)
     batch: list[int] = []
     for place in sorted(places, key=lambda one: len(items[one].tokens)):
         full = (len(batch) + 1) * len(items[place].tokens) * cost > LOGIT_BYTES

@@ -66,7 +66,7 @@ def forward(
         clean: `Pass.seen` of a clean pass over the same tokens, for splices that read it.
 
     Raises:
-        UserError: two splices replace the same hook point.
+        UserError: two splices replace the same hook point, or one reads what comes after its place.
     """
     places = [splice.dictionary.hook_out for splice in splices]
     if twice := {place for place in places if places.count(place) > 1}:
@@ -88,6 +88,11 @@ def forward(
             splice = by_place[name]
             source = splice.dictionary.hook_name
             if splice.reads == "stream":
+                if source not in arrived:
+                    raise UserError(
+                        f"{splice.dictionary.name}: {source} comes after {name} in a forward pass, too late "
+                        "for what stands in there; train it with hook_name and hook_out swapped"
+                    )
                 x = arrived[source]
             else:
                 assert clean is not None

@@ -15,6 +15,8 @@ from penstock.common.model.language_model import LanguageModel
 
 LOGIT_BYTES = 1 << 26
 """Bytes of one pass's float32 logits, at most, but for a single sequence; several passes are compared."""
+ROWS = 1 << 13
+"""Rows of one pass, at most: with a small vocabulary, activations are what takes memory."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Text:
 
     def batches(self, model: LanguageModel) -> Iterator[Batch]:
         """All of it, in order; the batches' size depends on the model alone."""
-        at_once = max(1, LOGIT_BYTES // (4 * self.context * model.vocabulary))
+        rows = min(ROWS, LOGIT_BYTES // (4 * model.vocabulary))
+        at_once = max(1, rows // self.context)
         special = torch.tensor(self.special_ids, dtype=torch.int64)
         for first in range(0, len(self), at_once):
             tokens = torch.from_numpy(self.tokens[first : first + at_once].astype(np.int64))

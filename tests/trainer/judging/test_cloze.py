@@ -134,3 +134,18 @@ def test_a_long_prompt_loses_its_beginning() -> None:
     assert without is not None
     assert without.tokens[-9:] == item.tokens[-9:]
     assert without.tokens[0] != 0
+
+
+def test_two_files_of_one_name_are_not_thrown_together(tmp_path: Path) -> None:
+    sources = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "passages.txt").write_text("return the value\n")
+        sources.append(f"lambada:{tmp_path}/{folder}/passages.txt")
+    with pytest.raises(
+        UserError, match=r"second/passages\.txt gives a task 'passages', as a source before it"
+    ):
+        load_cloze(ClozeSettings(sources=sources), shipped_tokenizer(), 256, bos=True)
+    assert load_cloze(ClozeSettings(sources=sources[:1]), shipped_tokenizer(), 256, bos=True).tasks() == [
+        "passages"
+    ]

@@ -117,7 +117,7 @@ def test_directions_promote_what_the_model_says(record: dict[str, Any], subject:
 
 def test_only_so_many_chunks_are_read(subject: Subject, data: JoinedDataset) -> None:
     few = SETTINGS.model_copy(update={"max_chunks": 2})
-    assert source_of(data, few)["chunks"] == [0, 2]
+    assert source_of(subject, data, few)["chunks"] == [0, 2]
     found = measured(subject, data, few)
     assert found["source"]["rows"] == ROWS[0] + ROWS[2]
     sequences = {e["sequence"] // 10 for f in found["features"] for e in f["examples"]}

@@ -257,7 +257,7 @@ def test_the_divergence_is_that_of_the_distributions(
         return torch.where(keep[..., None], topk(acts.flatten(0, 1)).view_as(acts), acts)
 
     p, q = (
-        torch.log_softmax(logits[:, :-1][keep[:, :-1]].double(), -1)
+        torch.log_softmax(logits[keep].double(), -1)
         for logits in (
             shipped_model().logits(tokens),
             shipped_model().logits(tokens, {RESID_3: spliced}),

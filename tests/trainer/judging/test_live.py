@@ -223,14 +223,14 @@ def test_figures_equal_direct_computation(model: LanguageModel, text: Text) -> N
     (batch,) = text.batches(model)
     kept = batch.predicts
     p, q = (
-        torch.log_softmax(forward(model, batch.tokens, batch.keep, splices).logits[:, :-1].double(), -1)
+        torch.log_softmax(forward(model, batch.tokens, batch.keep, splices).logits.double(), -1)
         for splices in ([], [Splice(sae)])
     )
     wanted = batch.tokens[:, 1:, None]
-    clean, spliced = (float(-log.gather(-1, wanted)[..., 0][kept].mean()) for log in (p, q))
+    clean, spliced = (float(-log[:, :-1].gather(-1, wanted)[..., 0][kept].mean()) for log in (p, q))
     assert found["ce_clean"] == pytest.approx(clean, abs=1e-9)
     assert found["delta_ce"] == pytest.approx(spliced - clean, abs=1e-9)
-    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1)[kept].mean()), abs=1e-9)
+    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1)[batch.keep].mean()), abs=1e-9)
 
 
 def test_a_group_is_due_by_rows(wide: Dataset, bench: Bench) -> None:
@@ -277,6 +277,9 @@ def test_the_model_is_loaded_once_and_only_when_it_is_wanted(
     assert len(live._open(run)[1]) == 3
     assert live._open(run)[0] is model
     assert made == [None], "threads are left as the training has them"
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model.files), "weights_sha256", lambda files: pytest.fail("checked again"))
+        assert len(live._open(run)[1]) == 3
     with pytest.raises(UserError, match="is not a corpus of run"):
         live._open(_run_of(**pin | {"corpus_digest": "other"}))
     with pytest.raises(UserError, match=r"the weights of builtin:pystd-6l are not those of toy"):

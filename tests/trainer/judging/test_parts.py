@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from penstock.common.errors import ModelError
 from penstock.store.objects import open_store
 from penstock.trainer.judging.parts import Parts
 
@@ -32,5 +33,6 @@ def test_a_torn_part_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_part_holds_finite_numbers_only(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ModelError, match=r"^a: a figure is not finite, .*; try model\.dtype float32$"):
         Parts(open_store(str(tmp_path)), {}).part("a", lambda: {"value": float("nan")})
+    assert not list(open_store(str(tmp_path)).list("parts/"))

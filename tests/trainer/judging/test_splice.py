@@ -115,6 +115,12 @@ def test_a_transcoder_reads_one_place_and_replaces_another(model: LanguageModel,
     assert torch.equal(spliced.logits, by_hand(model, batch.tokens, {out: replace}))
 
 
+def test_what_comes_later_cannot_be_read(model: LanguageModel, batch: Batch) -> None:
+    one = untrained_transcoder("blocks.2.hook_mlp_out", "blocks.2.ln2.hook_normalized")
+    with pytest.raises(UserError, match=r"transcoder: blocks\.2\.hook_mlp_out comes after blocks\.2\.ln2"):
+        forward(model, batch.tokens, batch.keep, [Splice(one)])
+
+
 def test_what_is_watched_is_what_arrives(model: LanguageModel, batch: Batch) -> None:
     """Recorded before it is replaced: an SAE measured here is not one of its own reconstructions."""
     clean = forward(model, batch.tokens, batch.keep, watch=RESIDS)
