@@ -12,7 +12,7 @@ where aux is that of TopK dictionaries. Without `k` all positive features stay, 
 x and y have scales of their own: each has mean squared norm = its width in training.
 
 Rows that enter an MLP have much in common: most of their squared norm can be that of their mean. A step of
-W_enc along it moves a feature's activation on every row at once, and whole dictionaries die of that. So
+W_enc along it moves a feature's activation on every row at once, and most features die of that. So
 training computes with x − μ for x, where μ is the mean of the first window, which changes what is learnt but
 not what can be: μ W_enc goes into b_enc, and μ W_skip into b_dec, when the scales are folded.
 """
