@@ -101,9 +101,9 @@ class SAE(nn.Module, ABC):
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp(min=1e-12))
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        """(x − b_dec) W_enc + b_enc [B, S], or x W_enc + b_enc where b_dec is not subtracted."""
+        """(x − b_dec) W_enc + b_enc [B, S], or what `seen` says in place of x − b_dec."""
         if not self.subtracts_b_dec:
-            return torch.addmm(self.b_enc, x, self.encoder())
+            return torch.addmm(self.b_enc, self.seen(x), self.encoder())
         if not torch.is_grad_enabled():
             return (x - self.b_dec) @ self.encoder() + self.b_enc
         centred, bias = self.centred(x)
@@ -131,6 +131,14 @@ class SAE(nn.Module, ABC):
         return self.W_dec / norms
 
     @torch.no_grad()
+    def note_mean(self, mean: Tensor) -> None:
+        """Told first, before anything starts: mean [D] of the scaled rows of the first window."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        """[B, D] what the encoder multiplies, of scaled rows."""
+        return x - self.b_dec if self.subtracts_b_dec else x
+
+    @torch.no_grad()
     def initialise(self, seed: int, bias: Tensor | None, rows: Tensor | None = None) -> None:
         """Decoder rows as the settings say, scaled to unit norm; encoder their transpose, shorter.
 
@@ -140,6 +148,9 @@ class SAE(nn.Module, ABC):
             bias: [D_out] what b_dec starts at; None means zero.
             rows: [R, D] scaled rows of the first window, for `initialisation: data`.
         """
+        self.b_dec.zero_()
+        if bias is not None:
+            self.b_dec.copy_(bias)
         generator = torch.Generator().manual_seed(seed)
         shape, way = (self.d_sae, self.d_in), self.settings.initialisation
         drawn = torch.randn(shape, generator=generator)
@@ -149,7 +160,7 @@ class SAE(nn.Module, ABC):
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         elif way == "data" and rows is not None:
             chosen = torch.randperm(len(rows), generator=generator)[: self.d_sae]
-            picked = rows[chosen] - (bias if self.subtracts_b_dec and bias is not None else 0)
+            picked = self.seen(rows[chosen].to(self.b_dec.device)).cpu()
             # a row of nothing, as sparse data has some, has no direction: that feature keeps a random one
             drawn[: len(chosen)] = torch.where(picked.any(dim=1, keepdim=True), picked, drawn[: len(chosen)])
         norms = drawn.norm(dim=1, keepdim=True)
@@ -158,9 +169,6 @@ class SAE(nn.Module, ABC):
         for name in self.encoder_vectors:
             self.get_parameter(name).zero_()
         self._start_decoder(drawn, generator)
-        self.b_dec.zero_()
-        if bias is not None:
-            self.b_dec.copy_(bias)
 
     def _start_encoder(self, directions: Tensor) -> None:
         """Set W_enc. directions: [S, D] of unit norm."""
@@ -180,8 +188,7 @@ class SAE(nn.Module, ABC):
             targets: [n, D_out] what is to be reconstructed of them.
         """
         self.W_dec[features] = nn.functional.normalize(targets - self.b_dec, dim=1)
-        centred = rows - self.b_dec if self.subtracts_b_dec else rows
-        self._reset_encoder(features, nn.functional.normalize(centred, dim=1))
+        self._reset_encoder(features, nn.functional.normalize(self.seen(rows), dim=1))
         for name in self.encoder_vectors:
             self.get_parameter(name)[features] = 0.0
 

@@ -58,6 +58,7 @@ class SAETraining:
             targets: [R, D_out] rows of the target, if that is another hook point.
         """
         mean, self.scale = mean_and_scale(rows)
+        self.sae.note_mean((mean * self.scale).float())
         self.scale_out = self.scale
         if targets is not None:
             mean, self.scale_out = mean_and_scale(targets)
@@ -169,9 +170,7 @@ class SAETraining:
 
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Carry on from `weights` and `optimizer_state`."""
-        own = self.sae.state_dict()
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+        self.sae.load_state_dict({k: v for k, v in weights.items() if k not in ("scale", "scale_out")})
         self.scale = float(weights["scale"])
         self.scale_out = float(weights.get("scale_out", weights["scale"]))
         self._resampled = int(optimizer.get("resampled", torch.tensor(0)))

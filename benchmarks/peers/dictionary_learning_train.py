@@ -9,8 +9,9 @@ from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
+from torch import Tensor
 
-from benchmarks.peers.jobs import Step, Trained, serve
+from benchmarks.peers.jobs import Step, Trained, decoding, serve
 
 
 def _trainer(job: dict[str, Any], d_in: int) -> Any:
@@ -50,7 +51,11 @@ def begin(job: dict[str, Any], d_in: int) -> tuple[Step, Callable[[], Trained]]:
     trainer = _trainer(job, d_in)
     if hasattr(trainer, "dead_feature_threshold"):
         trainer.dead_feature_threshold = job["dead_after"]
-    return trainer.update, lambda: (trainer.ae.encode, trainer.ae.decode)
+
+    def step(number: int, rows: Tensor, targets: Tensor) -> None:
+        trainer.update(number, rows)
+
+    return step, lambda: (trainer.ae.encode, decoding(trainer.ae.decode))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
@@ -17,8 +16,9 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
 
-from benchmarks.peers.jobs import Step, Trained, serve
+from benchmarks.peers.jobs import Step, Trained, decoding, serve
 
 
 def _standard(shape: dict[str, Any], job: dict[str, Any]) -> Any:
@@ -76,7 +76,7 @@ def begin(job: dict[str, Any], d_in: int) -> tuple[Step, Callable[[], Trained]]:
     )
     trainer = SAETrainer(config, sae, iter(()))
 
-    def step(number: int, rows: torch.Tensor) -> None:
+    def step(number: int, rows: Tensor, targets: Tensor) -> None:
         trainer.maybe_reset_sparsity()
         trainer.step(rows)
         trainer.n_training_steps += 1
@@ -86,7 +86,7 @@ def begin(job: dict[str, Any], d_in: int) -> tuple[Step, Callable[[], Trained]]:
         with tempfile.TemporaryDirectory() as directory:
             sae.save_inference_model(directory)
             loaded = SAE.load_from_disk(directory)
-        return loaded.encode, loaded.decode
+        return loaded.encode, decoding(loaded.decode)
 
     return step, finish
 

@@ -26,7 +26,7 @@ def main() -> None:
     print("ready", flush=True)
     for number, _ in enumerate(sys.stdin):
         started = time.perf_counter()
-        step(number, rows)
+        step(number, rows, rows)
         print(time.perf_counter() - started, flush=True)
 
 

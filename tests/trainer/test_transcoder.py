@@ -40,8 +40,8 @@ def transcoder(d_out: int = D_OUT, **changes: Any) -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-def rows(width: int = D, seed: int = 2) -> Tensor:
-    return 2 * torch.randn(B, width, generator=torch.Generator().manual_seed(seed)) + 0.5
+def rows(width: int = D, seed: int = 2, n: int = B) -> Tensor:
+    return 2 * torch.randn(n, width, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -93,10 +93,57 @@ def test_data_may_be_where_its_encoder_starts() -> None:
     training = SAETraining(D, settings, torch.device("cpu"), D_OUT)
     x = rows().bfloat16()
     training.initialise(x, targets=rows(D_OUT).bfloat16())
-    units = torch.nn.functional.normalize(x.float(), dim=1)
+    centred = x.float() - x.float().mean(dim=0)
+    units = torch.nn.functional.normalize(centred, dim=1)
     encoder = torch.nn.functional.normalize(training.sae.W_enc.detach(), dim=0)
     cosines = encoder.T @ units.T
     assert float(cosines.amax(dim=1).min()) > 0.999
+
+
+def offset_pairs(n: int) -> tuple[Tensor, Tensor]:
+    """Inputs whose mean has most of their squared norm, and something to learn from what differs."""
+    x = rows(n=n)
+    y = x.relu() @ torch.randn(D, D_OUT, generator=torch.Generator().manual_seed(5))
+    return (x + 4).bfloat16(), y.bfloat16()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_inputs_have_in_common_does_not_kill_features(skip: bool) -> None:
+    settings = settings_of("transcoder", d_sae=S, skip=skip, lr=1e-2, lr_warmup_steps=5, **TOPK)
+    training = SAETraining(D, settings, torch.device("cpu"), D_OUT)
+    x, y = offset_pairs(50 * B)
+    training.initialise(x, targets=y)
+    for step in range(50):
+        batch = slice(step * B, (step + 1) * B)
+        training.step(x[batch], Schedule(step, 50), y[batch])
+    scaled = x.float() * training.scale
+    expected = training.sae(scaled).detach()
+    sae = training.sae
+    sae.fold_scale(training.scale, training.scale_out)
+    assert not sae.get_buffer("x_mean").any()
+    torch.testing.assert_close(sae(x.float()) * training.scale_out, expected, rtol=1e-4, atol=1e-4)
+    # as they are, inputs leave 7 of 30 alive
+    assert int((sae.encode(x.float()) > 0).any(dim=0).sum()) > S / 2
+
+
+def test_a_bias_that_does_not_exist_stays_away() -> None:
+    settings = settings_of("transcoder", d_sae=S, skip=True, decoder_bias="none", **TOPK)
+    training = SAETraining(D, settings, torch.device("cpu"), D_OUT)
+    x, y = offset_pairs(B)
+    training.initialise(x, targets=y)
+    training.step(x, START, y)
+    assert training.sae.get_parameter("W_skip").any()
+    training.sae.fold_scale(training.scale, training.scale_out)
+    assert not training.sae.b_dec.any()
+
+
+def test_checkpoints_without_a_mean_are_read() -> None:
+    sae, x = transcoder(), rows()
+    earlier = {name: tensor for name, tensor in sae.state_dict().items() if name != "x_mean"}
+    again = build(D, sae.settings, D_OUT)
+    again.load_state_dict(earlier)
+    again.folded_scale = sae.folded_scale
+    assert torch.equal(again(x), sae(x))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,11 @@ where aux is that of TopK dictionaries. Without `k` all positive features stay, 
     mean_rows Σ_d (y − ŷ)² + λ(step) · mean_rows Σ_s f
 
 x and y have scales of their own: each has mean squared norm = its width in training.
+
+Rows that enter an MLP have much in common: most of their squared norm can be that of their mean. A step of
+W_enc along it moves a feature's activation on every row at once, and most features die of that. So
+training computes with x − μ for x, where μ is the mean of the first window, which changes what is learnt but
+not what can be: μ W_enc goes into b_enc, and μ W_skip into b_dec, when the scales are folded.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from pydantic import Field, model_validator
 
 from penstock.trainer.kinds.auxk import AuxKSettings, auxiliary_loss
 from penstock.trainer.kinds.base import (
+    FEW_LENGTH,
     Kind,
     Schedule,
     StepResult,
@@ -75,18 +81,30 @@ class Transcoder(Kind):
     subtracts_b_dec = False
     settled = ("k", "skip")
     settings: TranscoderSettings
+    x_mean: Tensor
 
     def __init__(self, d_in: int, settings: Any, d_out: int | None = None) -> None:
         super().__init__(d_in, settings, d_out)
+        self.register_buffer("x_mean", torch.zeros(self.d_in))
         if settings.skip:
             self.W_skip = torch.nn.Parameter(torch.zeros(self.d_in, self.d_out))
+        if settings.k is not None:
+            self.encoder_length = FEW_LENGTH
+
+    def note_mean(self, mean: Tensor) -> None:
+        # folding puts μ W_skip into b_dec, which must not be where there is none
+        if not self.settings.skip or self.settings.decoder_bias != "none":
+            self.x_mean.copy_(mean)
+
+    def seen(self, x: Tensor) -> Tensor:
+        return x - self.x_mean
 
     def encode(self, x: Tensor) -> Tensor:
         return self._activated(self.pre_acts(x))
 
     def reconstruct(self, x: Tensor, feature_acts: Tensor) -> Tensor:
         out = self.decode(feature_acts)
-        return out + x @ self.W_skip if self.settings.skip else out
+        return out + self.seen(x) @ self.W_skip if self.settings.skip else out
 
     def training_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         pass_of = self._l1_pass if self.settings.k is None else self._top_k_pass
@@ -103,6 +121,7 @@ class Transcoder(Kind):
     def _top_k_pass(self, x: Tensor, target: Tensor, schedule: Schedule, dead: Tensor | None) -> StepResult:
         from penstock.trainer.sparse import PreActs
 
+        x = self.seen(x)
         pre_acts = PreActs.of(x, self.W_enc, self.b_enc)
         k = min(self.settings.k or 0, self.d_sae)
         acts = pre_acts.top_of_rows(self.settings.kept(k, min(self.d_in, self.d_sae), schedule))
@@ -131,19 +150,37 @@ class Transcoder(Kind):
             self.W_skip.zero_()
 
     def fold_scale(self, scale: float, scale_out: float | None = None) -> None:
+        with torch.no_grad():
+            self._shift(-self.x_mean)
+            self.x_mean.zero_()
         super().fold_scale(scale, scale_out)
         if self.settings.skip:
             with torch.no_grad():
                 self.W_skip.mul_(scale / (scale if scale_out is None else scale_out))
 
+    def _shift(self, by: Tensor) -> None:
+        """Make biases such that rows x give what rows x + by [D] have given."""
+        by = by.double()
+        self.b_enc.copy_(self.b_enc.double() + by @ self.W_enc.double())
+        if self.settings.skip:
+            self.b_dec.copy_(self.b_dec.double() + by @ self.W_skip.double())
+
     def start_from(self, other: Self, scale: float, scale_out: float | None = None) -> None:
         # features are measured in the units of the output: its scale takes the rows' place
         out = scale if scale_out is None else scale_out
+        mean = self.x_mean.clone()
         super().start_from(other, out)
         with torch.no_grad():
             self.W_enc.mul_(out / scale)
             if self.settings.skip:
                 self.W_skip.mul_(out / scale)
+            self._shift(mean)
+            self.x_mean.copy_(mean)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        # checkpoints of earlier versions and other libraries' dictionaries have none
+        state_dict.setdefault(f"{prefix}x_mean", torch.zeros(self.d_in))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def to_saelens(self) -> Foreign:
         if self.settings.k is not None:
