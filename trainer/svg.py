@@ -1,7 +1,7 @@
 """matplotlib's SVG documents as elements of an HTML page, made small.
 
-A page holds dozens of figures. Of what matplotlib writes, most is repetition: styles of neighbours that are the
-same, groups of one element, coordinates with more digits than a screen shows.
+A page holds dozens of figures. Most of what matplotlib writes is repetition: styles that neighbours share,
+groups of one element, coordinates with more digits than a screen shows.
 """
 
 import itertools

@@ -28,7 +28,7 @@ from penstock.trainer.judging.cloze import Cloze
 from penstock.trainer.judging.cloze_score import Progress, layer
 from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.prompts import Prompts, batches, per_prompt
-from penstock.trainer.judging.shown import Shown
+from penstock.trainer.judging.shown import Shown, keyed, with_l0
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.task_settings import FeatureScoreSettings
@@ -153,7 +153,7 @@ def show(record: dict[str, Any]) -> list[Shown]:
         known = [f for f, prompts in enumerate(one["prompts"]) if prompts]
         rows += [[one["name"], one["l0"], f, *(one[name][f] for name in columns)] for f in known]
         points = [(one["prompts"][f], one["score"][f]) for f in known]
-        groups.append((one["name"], figures.series_color(place), points))
+        groups.append((one["name"], figures.tone(place), points))
     missing = ", ".join(f"{one['never_active']:,} of {one['features']:,} in {one['name']}" for one in found)
     note = (
         f"Features active on one of a prompt's last {record['last_tokens']} tokens: +1 for each prompt whose "
@@ -174,6 +174,7 @@ def show(record: dict[str, Any]) -> list[Shown]:
                     log_x=True,
                 )
             ),
+            legend=keyed([with_l0(one["name"], one["l0"]) for one in found]),
         ),
         Shown(
             "feature_scores_listed",
@@ -203,8 +204,9 @@ def _density(one: dict[str, Any], place: int) -> Shown:
     rows += [[low, high, n] for low, high, n in zip(edges, edges[1:], counts, strict=False)]
     return Shown(
         f"prompt_density_{one['name']}",
-        f"Features by how often they are active: {one['name']}",
-        f"Share of the prompts' tokens; L0 {one['l0']:.1f}. Features active on none stand apart.",
+        f"Feature density on prompts: {one['name']}",
+        f"Up: features; right: the share of the prompts' tokens that they are active on. "
+        f"{found['never_active']:,} are active on none and stand apart. L0 {one['l0']:.1f}",
         ["log10 from", "log10 to", "features"],
         rows,
         Markup(
