@@ -171,7 +171,14 @@ def frontier(salt: str, alt: str, points: Sequence[tuple[Series, str]]) -> str:
 
 
 def density(
-    salt: str, alt: str, color: int, edges: Sequence[float], counts: Sequence[float], never: float
+    salt: str,
+    alt: str,
+    color: str,
+    edges: Sequence[float],
+    counts: Sequence[float],
+    never: float,
+    *,
+    of: str = "held-out rows",
 ) -> str:
     """Features by log10 of their firing frequency; those that never fired stand apart, left."""
     if len(edges) != len(counts) + 1 or len(counts) == 0:
@@ -182,7 +189,7 @@ def density(
     def paint(ax: "Axes") -> None:
         widths = [b - a for a, b in itertools.pairwise(edges)]
         bars: dict[str, Any] = {"edgecolor": SURFACE, "linewidth": 0.5}
-        ax.bar(edges[:-1], counts, widths, align="edge", color=series_color(color), **bars)
+        ax.bar(edges[:-1], counts, widths, align="edge", color=color, **bars)
         ax.bar([apart], [never], 0.06 * span, color=MUTED, **bars)
         tallest = max(*counts, never, 1.0)
         ax.text(apart, never + 0.02 * tallest, f"{never:,.0f}", ha="center", color=INK)
@@ -194,7 +201,7 @@ def density(
         # The first decade's label would run into "never" when it sits on the very edge.
         labelled = [d for d in decades if d - edges[0] > 0.06 * span]
         ax.set_xticks([apart, *labelled], ["never", *(decade(d) for d in labelled)])
-        ax.set_xlabel("share of held-out rows on which a feature is active")
+        ax.set_xlabel(f"share of {of} on which a feature is active")
 
     return draw(salt, alt, paint)
 

@@ -25,10 +25,28 @@ def inline(svg: str, alt: str, width: int, height: int) -> str:
     body = re.sub(r"<style\b.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r">\s+<", "><", body)
-    body = re.sub(r"<g>(<path [^>]*/>)</g>", r"\1", body)
+    body = re.sub(r' transform="rotate\(-0 [^"]*"|; stroke-linejoin: miter|; font-family: [^;"]*', "", body)
+    body = re.sub(r'<path d="[^"]*"(?: clip-path="[^"]*")? style="fill: none"/>', "", body)
+    body = re.sub(r' (x|y)="(-?\d+\.\d)\d*"', r' \1="\2"', body)
+    body = _without_plain_groups(body)
     body = _RUN.sub(lambda run: "".join(_merged(_PATH.findall(run[0]))), body)
     body = re.sub(r'(?<= d=")[^"]*', lambda d: short_path(d[0]), body)
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">{body}'
+
+
+def _without_plain_groups(body: str) -> str:
+    """A group that says nothing of what is in it is nothing."""
+    open_: list[bool] = []
+
+    def keep(tag: re.Match[str]) -> str:
+        if tag[0].endswith("/>"):
+            return ""
+        if tag[0] != "</g>":
+            open_.append(tag[0] != "<g>")
+            return tag[0] if open_[-1] else ""
+        return tag[0] if open_.pop() else ""
+
+    return re.sub(r"</?g\b[^>]*>", keep, body).replace("<defs></defs>", "")
 
 
 def _merged(paths: Iterable[tuple[str, str]]) -> Iterator[str]:

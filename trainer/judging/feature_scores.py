@@ -28,7 +28,7 @@ from penstock.trainer.judging.cloze import Cloze
 from penstock.trainer.judging.cloze_score import Progress, layer
 from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.prompts import Prompts, batches, per_prompt
-from penstock.trainer.judging.shown import Shown, keyed, with_l0
+from penstock.trainer.judging.shown import AT_ONCE, Shown, Table, keyed, with_l0
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.task_settings import FeatureScoreSettings
@@ -179,13 +179,24 @@ def show(record: dict[str, Any]) -> list[Shown]:
         Shown(
             "feature_scores_listed",
             "The lowest and highest scores",
-            "They say what goes with a feature, not what it causes: all features of a prompt share Δln p.",
+            "Of each dictionary, its lowest and its highest ones. They say what goes with a feature, not what it "
+            "causes: all features of a prompt share Δln p.",
             ["dictionary", "L0", "feature", *header],
             [
                 row
                 for one in found
                 for row in _ends([r for r in rows if r[0] == one["name"]], record["listed"])
             ],
+            table=Table(
+                ["dictionary", "L0", "feature", *header],
+                [
+                    row
+                    for one in found
+                    for row in _ends(
+                        [r for r in rows if r[0] == one["name"]], max(1, AT_ONCE // len(found) // 2)
+                    )
+                ],
+            ),
         ),
         *(_density(one, place) for place, one in enumerate(found)),
     ]
@@ -211,8 +222,9 @@ def _density(one: dict[str, Any], place: int) -> Shown:
         rows,
         Markup(
             figures.density(
-                *(f"prompt-density-{one['name']}", f"Feature density of {one['name']}", place),
+                *(f"prompt-density-{one['name']}", f"Feature density of {one['name']}", figures.tone(place)),
                 *(edges, counts, found["never_active"]),
+                of="the prompts' tokens",
             )
         ),
     )

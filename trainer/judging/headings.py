@@ -46,6 +46,8 @@ HEADINGS = {
     "answer": "Answer",
     "activation": "Activation",
     "mean effect": "Mean effect, nats",
+    "most harmful": "Most harmful",
+    "most helpful": "Most helpful",
     "mean where active": "Mean where active, nats",
     "effect here": "Effect here, nats",
     "raised": "Prompts raised",

@@ -10,7 +10,7 @@ from typing import Any
 from penstock.trainer.figures import sampled
 from penstock.trainer.judging.experiments import Experiment
 from penstock.trainer.judging.headings import heading
-from penstock.trainer.judging.shown import Shown, Table
+from penstock.trainer.judging.shown import AT_ONCE, Shown, Table
 from penstock.trainer.page import Card, count, finite, number, or_dash, render
 
 TABLE_ROWS = 60
@@ -18,8 +18,6 @@ TABLE_ROWS = 60
 FIGURE_ROWS = 20
 """At most, in the data under a figure."""
 _WRITTEN = re.compile(r"[−—]?[\d.]* (±|[^\w\s])")
-FOLDED_ROWS = 16
-"""Tables with more rows are folded up."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def cell(value: object) -> str:
         return or_dash(value)
     if isinstance(value, int):
         # a number that names something is no quantity, but both read well up to four digits
-        return count(value) if abs(value) >= 10_000 else str(value)
+        return count(value) if abs(value) >= 10_000 else str(value).replace("-", "\N{MINUS SIGN}")
     return "0" if value == 0 else number(value)
 
 
@@ -97,7 +95,7 @@ def _part(shown: Shown) -> Part:
         len(rows),
         # a plain table, or anything but one drawing, takes the whole width
         wide=not drawn.startswith("<svg"),
-        folded=not drawn and len(rows) > FOLDED_ROWS,
+        folded=not drawn and (shown.folded or len(rows) > AT_ONCE),
     )
 
 

@@ -10,7 +10,7 @@ from penstock.trainer import figures
 from penstock.trainer.judging.drawing import BAND, Line, by_position, in_common, shared_out
 from penstock.trainer.judging.headings import heading
 from penstock.trainer.judging.shown import Shown, Table, with_l0
-from penstock.trainer.page import number
+from penstock.trainer.page import MISSING
 
 METRICS = (
     ("l0", "L0", "Active features per row. Flat where a dictionary treats all positions alike"),
@@ -222,8 +222,9 @@ def _beside_each_other(rows: list[list[object]]) -> Table:
     for row in rows:
         name, metric = str(row[0]), str(row[3])
         ratio, high, says = row[6], row[8], str(row[9])
-        half = f" ± {number(high - ratio)}" if isinstance(high, float) and isinstance(ratio, float) else ""
-        lines.setdefault(name, {})[metric] = f"{number(ratio)}{half} {SAYS[says]}"
+        told = f"{ratio:.3g}" if isinstance(ratio, float) else MISSING
+        half = f" ± {high - ratio:.2g}" if isinstance(high, float) and isinstance(ratio, float) else ""
+        lines.setdefault(name, {})[metric] = f"{told}{half} {SAYS[says]}".replace("-", "\N{MINUS SIGN}")
         levels[name] = row[2]
     names = list(dict.fromkeys(str(row[3]) for row in rows))
     return Table(
@@ -257,13 +258,13 @@ def _density(record: dict[str, Any], one: dict[str, Any]) -> Shown:
     edges, counts, never = found["log10_edges"], found["counts"], found["never_active"]
     name, total = one["name"], sum(counts) + never
     alt = f"Histogram of how often the features of {name} are active: {never} of {total} never"
-    color = record["dictionaries"].index(one) % figures.COLORS
+    color = figures.tone(record["dictionaries"].index(one))
     svg = Markup(figures.density(f"judged density {name}", alt, color, edges, counts, never))
     rows: list[list[object]] = [["never", "never", never]]
     rows += [[low, high, count] for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
     note = (
         f"Up: features; right: the share of rows that they are active on. {never:,} of {total:,} are active "
-        f"on none and stand apart. {place(one)}, L0 {_told(one['l0'])}"
+        f"on none and stand apart. {place(one)}, L0 {one['l0']:.1f}"
     )
     columns = ["log10 share of rows, from", "to", "features"]
     return Shown(f"density-{name}", f"Feature density: {name}", note, columns, rows, svg)

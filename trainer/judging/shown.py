@@ -7,6 +7,9 @@ from markupsafe import Markup
 
 from penstock.trainer.figures import tone_variable
 
+AT_ONCE = 20
+"""Rows that a table shows without being asked."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -23,6 +26,7 @@ class Shown:
     Attributes:
         rows: all data, as the CSV has them.
         table: what the page has in their stead.
+        folded: the page's table opens when asked to; long ones do anyway.
         legend: name, variable of the page with its colour, and dash pattern.
     """
 
@@ -34,6 +38,7 @@ class Shown:
     svg: Markup = Markup("")  # noqa: RUF009 (a string, which nobody can change)
     table: Table | None = None
     legend: tuple[tuple[str, str, str], ...] = ()
+    folded: bool = False
 
 
 def with_l0(name: str, l0: float | None) -> str:

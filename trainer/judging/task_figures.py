@@ -182,27 +182,45 @@ def stacks(
     return draw(salt, alt, paint)
 
 
-def bars(salt: str, alt: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], axis: str) -> str:
-    """Horizontal bars with names, those of a group in one colour."""
-    every = [(name, value, tone(i)) for i, (_, found) in enumerate(groups) for name, value in found]
-    if not every:
+def effects(salt: str, alt: str, columns: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
+    """A dot per feature in a column per dictionary, linear around 0 and logarithmic farther off.
+
+    Args:
+        columns: name, and (feature, effect) in order; the numbers of the first and the last are written.
+    """
+    every = [abs(value) for _, found in columns for _, value in found]
+    if not any(every):
         return ""
+    near = 10.0 ** (math.floor(math.log10(max(every))) - 2)
 
     def paint(ax: "Axes") -> None:
-        ax.axvline(0.0, color=MUTED, linewidth=0.8)
-        places = range(len(every), 0, -1)
-        ax.barh(places, [v for _, v, _ in every], 0.7, color=[c for _, _, c in every], linewidth=0)
-        reach = max(abs(v) for _, v, _ in every) or 1.0
-        for place, (name, value, _) in zip(places, every, strict=True):
-            side = "left" if value >= 0 else "right"
-            at = value + math.copysign(0.015 * reach, value)
-            ax.text(at, place, name, ha=side, va="center", color=INK, fontsize=min(SMALL, 150 / len(every)))
-        ax.set_yticks([])
-        ax.grid(visible=False)
-        ax.set_xlim(-1.35 * reach, 1.35 * reach)
-        ax.set_xlabel(axis)
+        ax.set_yscale("symlog", linthresh=near, linscale=0.5)
+        ax.axhline(0.0, color=MUTED, linewidth=0.8)
+        for x, (_, found) in enumerate(columns):
+            some = sampled(found, MAX_DOTS)
+            places = [(x + 0.5 * ((i * _GOLDEN) % 1 - 0.5), v) for i, (_, v) in enumerate(some)]
+            dots(ax, places, tone(x), 4.0)
+            for (feature, value), at in zip(found[:1], places[:1], strict=True):
+                _number(ax, feature, (at[0], value), 4, tone(x))
+            for (feature, value), at in zip(found[1:][-1:], places[1:][-1:], strict=True):
+                _number(ax, feature, (at[0], value), -4, tone(x))
+        _columns(ax, [name for name, _ in columns])
+        top = max(0.0, *(value for _, found in columns for _, value in found))
+        low = min(0.0, *(value for _, found in columns for _, value in found))
+        ax.set_ylim(min(2.2 * low, low - near), max(2.2 * top, top + near))
+        ticks = [near * factor for factor in (1, 10, 100)]
+        ax.set_yticks([-t for t in reversed(ticks)] + [0.0, *ticks])
+        ax.yaxis.set_major_formatter(lambda value, _: compact(value))
+        ax.set_yticks([], minor=True)
+        ax.set_ylim(min(2.2 * low, low - near), max(2.2 * top, top + near))
 
     return draw(salt, alt, paint)
+
+
+def _number(ax: "Axes", feature: int, at: tuple[float, float], up: int, color: str) -> None:
+    side = "bottom" if up > 0 else "top"
+    text: dict[str, Any] = {"ha": "center", "va": side, "fontsize": SMALL, "color": color}
+    ax.annotate(str(feature), at, (0, up), textcoords="offset points", **text)
 
 
 def _columns(ax: "Axes", names: Sequence[str]) -> None:

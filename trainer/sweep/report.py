@@ -147,7 +147,7 @@ def _densities(
         histogram = densities[f"{record['run']}/{record['name']}"]
         edges, counts, never = (histogram[k] for k in ("log10_edges", "counts", "never_active"))
         told = f"Histogram of how often the features of {record['name']} are active; {never} never are"
-        svg = base.density(f"density {number_}", told, number_ % COLORS, edges, counts, never)
+        svg = base.density(f"density {number_}", told, base.series_color(number_), edges, counts, never)
         note = f"{count(record['d_sae'])} features, {count(never)} never active"
         rows = [
             ["never", count(never)],
