@@ -234,7 +234,7 @@ def show(record: dict[str, Any]) -> list[Shown]:
         [
             one["name"],
             one["l0"],
-            *(value for e in (first, last) for value in (e["feature"], e["mean_effect"])),
+            *(e[key] for e in (first, last) for key in ("feature", "mean_effect")),
         ]
         for one in found
         if one["effects"]
@@ -245,8 +245,8 @@ def show(record: dict[str, Any]) -> list[Shown]:
         Shown(
             "ablation",
             "Features taken out, one at a time",
-            "A dot per feature, the ends with their numbers: the mean change of the answer's ln p in nats, over "
-            f"{record['prompts']:,} prompts, the rest of the activations untouched. Above 0 the feature was "
+            "A dot per feature, the ends with their numbers: the mean change of the answer's ln p in nats, "
+            f"over {record['prompts']:,} prompts, the rest of the activations untouched. Above 0 the feature was "
             f"harmful, below 0 helpful. Rounding alone gives up to {rounding:.1e}.",
             [
                 *("dictionary", "L0", "feature", "prompts active", "mean effect", "mean where active"),
@@ -279,17 +279,22 @@ def _contexts_shown(found: list[dict[str, Any]], kind: str) -> Shown:
                     [one["name"], one["l0"], entry["feature"], effects[entry["feature"]], text, *values]
                 )
                 if rank < max(1, AT_ONCE // len(found)) and strongest == 0:
-                    seen = (visible(value) if isinstance(value, str) else value for value in rows[-1][4:])
+                    seen = (_in_a_line(value) if isinstance(value, str) else value for value in rows[-1][4:])
                     first.append([*rows[-1][:4], *seen])
     columns = ["dictionary", "L0", "feature", "mean effect", "context", "activation", "task", "answer"]
     columns += ["effect here"]
     return Shown(
         f"ablation_{kind}",
         f"The most {kind} features, in context",
-        "The first of each dictionary where they are strongest, the token in «»; white space is shown. Without "
-        f"one the answer's ln p {'rises' if kind == 'harmful' else 'falls'} on average. The data have more of "
-        "them, in more contexts.",
+        "The first of each dictionary where they are strongest, the token in «», a line's end as ↵. Without "
+        f"one the answer's ln p {'rises' if kind == 'harmful' else 'falls'} on average. The data have more "
+        "of them, in more contexts.",
         columns,
         rows,
         table=Table(columns, first),
     )
+
+
+def _in_a_line(text: str) -> str:
+    """White space as it is shown, but for spaces: a table breaks lines there."""
+    return visible(text).replace("·", " ")

@@ -159,6 +159,7 @@ def show(record: dict[str, Any]) -> list[Shown]:
         f"Features active on one of a prompt's last {record['last_tokens']} tokens: +1 for each prompt whose "
         "answer became likelier with the dictionary in place, −1 for each whose became less likely."
     )
+    few = max(1, AT_ONCE // len(found) // 2)
     header = ["prompts", "score", "outcome", "mean Δln p", "attribution"]
     return [
         Shown(
@@ -179,8 +180,8 @@ def show(record: dict[str, Any]) -> list[Shown]:
         Shown(
             "feature_scores_listed",
             "The lowest and highest scores",
-            "Of each dictionary, its lowest and its highest ones. They say what goes with a feature, not what it "
-            "causes: all features of a prompt share Δln p.",
+            "Of each dictionary, its lowest and its highest ones. They say what goes with a feature, not what "
+            "it causes: all features of a prompt share Δln p.",
             ["dictionary", "L0", "feature", *header],
             [
                 row
@@ -189,13 +190,7 @@ def show(record: dict[str, Any]) -> list[Shown]:
             ],
             table=Table(
                 ["dictionary", "L0", "feature", *header],
-                [
-                    row
-                    for one in found
-                    for row in _ends(
-                        [r for r in rows if r[0] == one["name"]], max(1, AT_ONCE // len(found) // 2)
-                    )
-                ],
+                [row for one in found for row in _ends([r for r in rows if r[0] == one["name"]], few)],
             ),
         ),
         *(_density(one, place) for place, one in enumerate(found)),

@@ -205,13 +205,14 @@ def beyond(record: dict[str, Any]) -> Iterator[Shown]:
         f"positions below, with 95 % bands. {SAYS['explodes']} explodes: all of the band is above "
         f"{EXPLODES:g}; {SAYS['grows']} and {SAYS['falls']}: the band is on one side of 1; "
         f"{SAYS['no difference']}: 1 is in it; {SAYS['not said']}: of what changes its sign nothing is said. "
-        f"{f'What explodes: {said}.' if said else 'Nothing explodes.'}"
+        f"{f'What explodes: {said}.' if said else 'Nothing explodes.'} The model's own cross-entropy: "
+        f"{_ratio(rows[0])}"
     )
     columns = [
         *("dictionary", "hook point", "l0", "metric", "within", "beyond"),
         *("beyond / within", "low", "high", "reads as"),
     ]
-    table = _beside_each_other(rows)
+    table = _beside_each_other(rows[1:])
     yield Shown("positions-beyond", "Beyond the trained context", note, columns, rows, table=table)
 
 
@@ -221,20 +222,21 @@ def _beside_each_other(rows: list[list[object]]) -> Table:
     levels: dict[str, object] = {}
     for row in rows:
         name, metric = str(row[0]), str(row[3])
-        ratio, high, says = row[6], row[8], str(row[9])
-        told = f"{ratio:.3g}" if isinstance(ratio, float) else MISSING
-        half = f" ± {high - ratio:.2g}" if isinstance(high, float) and isinstance(ratio, float) else ""
-        lines.setdefault(name, {})[metric] = f"{told}{half} {SAYS[says]}".replace("-", "\N{MINUS SIGN}")
+        lines.setdefault(name, {})[metric] = _ratio(row)
         levels[name] = row[2]
     names = list(dict.fromkeys(str(row[3]) for row in rows))
     return Table(
-        [
-            "dictionary",
-            "L0",
-            *("CE" if name == "ce" else heading(name).removesuffix(", nats") for name in names),
-        ],
+        ["dictionary", "L0", *(heading(name).removesuffix(", nats") for name in names)],
         [[name, levels[name], *(found.get(metric) for metric in names)] for name, found in lines.items()],
     )
+
+
+def _ratio(row: list[object]) -> str:
+    """A ratio, half of its band's width and what it says, from a row of the data."""
+    ratio, high, says = row[6], row[8], str(row[9])
+    told = f"{ratio:.3g}" if isinstance(ratio, float) else MISSING
+    half = f" ± {high - ratio:.2g}" if isinstance(high, float) and isinstance(ratio, float) else ""
+    return f"{told}{half} {SAYS[says]}".replace("-", "\N{MINUS SIGN}")
 
 
 def _compared(found: dict[str, Any], metric: str) -> list[object]:

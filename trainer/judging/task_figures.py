@@ -144,7 +144,7 @@ def levels(
             if value is not None:
                 ax.plot([x, x], [value - (error or 0), value + (error or 0)], color=MUTED, linewidth=1.2)
                 ax.plot(x, value, "o", color=series_color(0), markersize=5.5)
-                under = {"textcoords": "offset points", "ha": "center", "va": "top"}
+                under: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top"}
                 ax.annotate(
                     f"{value:.2f}", (x, value - (error or 0)), (0, -4), color=MUTED, fontsize=SMALL, **under
                 )
