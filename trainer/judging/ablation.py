@@ -246,8 +246,8 @@ def show(record: dict[str, Any]) -> list[Shown]:
             "ablation",
             "Features taken out, one at a time",
             "A dot per feature, the ends with their numbers: the mean change of the answer's ln p in nats, "
-            f"over {record['prompts']:,} prompts, the rest of the activations untouched. Above 0 the feature was "
-            f"harmful, below 0 helpful. Rounding alone gives up to {rounding:.1e}.",
+            f"over {record['prompts']:,} prompts, the rest of the activations untouched. Above 0 the feature "
+            f"was harmful, below 0 helpful. Rounding alone gives up to {rounding:.1e}.",
             [
                 *("dictionary", "L0", "feature", "prompts active", "mean effect", "mean where active"),
                 *("raised", "lowered", "attribution", "score"),
@@ -286,7 +286,8 @@ def _contexts_shown(found: list[dict[str, Any]], kind: str) -> Shown:
     return Shown(
         f"ablation_{kind}",
         f"The most {kind} features, in context",
-        "The first of each dictionary where they are strongest, the token in «», a line's end as ↵. Without "
+        "The first of each dictionary where they are strongest, the token in «», a line's end as ↵, eight "
+        "spaces as ×8. Without "
         f"one the answer's ln p {'rises' if kind == 'harmful' else 'falls'} on average. The data have more "
         "of them, in more contexts.",
         columns,

@@ -180,8 +180,8 @@ def show(record: dict[str, Any]) -> list[Shown]:
         Shown(
             "feature_scores_listed",
             "The lowest and highest scores",
-            "Of each dictionary, its lowest and its highest ones. They say what goes with a feature, not what "
-            "it causes: all features of a prompt share Δln p.",
+            "Of each dictionary, its lowest and its highest ones. They say what goes with a feature, not "
+            "what it causes: all features of a prompt share Δln p.",
             ["dictionary", "L0", "feature", *header],
             [
                 row

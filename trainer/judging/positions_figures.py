@@ -244,6 +244,8 @@ def _compared(found: dict[str, Any], metric: str) -> list[object]:
     flip = metric == "unexplained"
     means = [found[part]["mean"] for part in ("within", "beyond")]
     ratio = found["unexplained_beyond_over_within" if flip else "beyond_over_within"]
+    if flip:
+        means = [None if value is None else 1 - value for value in means]
     mean, _, low, high = _band(ratio["mean"], ratio["error"])
     if low is None or high is None or min(value or 0.0 for value in means) < 0:
         says = "not said"  # of a ratio of what changes its sign, nothing can be said
@@ -251,8 +253,7 @@ def _compared(found: dict[str, Any], metric: str) -> list[object]:
         says = "explodes"
     else:
         says = "grows" if low > 1 else "falls" if high < 1 else "no difference"
-    flipped = [None if value is None else 1 - value for value in means] if flip else means
-    return [*flipped, mean, low, high, says]
+    return [*means, mean, low, high, says]
 
 
 def _density(record: dict[str, Any], one: dict[str, Any]) -> Shown:

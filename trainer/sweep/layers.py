@@ -53,7 +53,8 @@ def by_method(alike: Sequence[Family], written: dict[str, str]) -> list[Group]:
         field, what, note, _ = which
         among = _values(alike, field)
         cards = [heatmap_card(family, which, family.hook_name, written, among) for family in alike]
-        panels = [card for card in cards if card is not None]
+        # what a figure says stands above all of its panels
+        panels = [replace(card, note="") for card in cards if card is not None]
         if panels:
             said = f"{note}. A panel for each hook point, with the same colours in all of them. {BY_PENALTY}"
             groups.append((f"{METHODS.get(field, '')}{what}, {kind}", said, panels, []))
