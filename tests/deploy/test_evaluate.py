@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,11 @@ def test_it_leaves_a_page_a_record_and_every_figures_data(
     assert (stored["what"], stored["chunks"]) == ("stored rows", 3)
     page = (out / "evaluation.html").read_text()
     assert "resid-topk" in page
+    # columns have headings, not the names of fields; every table of dictionaries has their L0
+    for head in re.findall(r"<thead>(.*?)</thead>", page):
+        names = re.findall(r"<th[^>]*>([^<]*)</th>", head)
+        assert not [name for name in names if re.search("[a-z]_[a-z]", name)]
+        assert "L0" in names or "Dictionary" not in names
     with (out / "overview.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["Dictionary"] for row in rows] == list(SAES)

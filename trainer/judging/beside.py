@@ -41,7 +41,7 @@ METRICS = {
 """Field -> what it is called; others follow by their own names."""
 DRAWN = {
     "explained_variance": "1 is perfect; compare at the same L0",
-    "ce_recovered": "1 is the model itself, 0 zeros for the activations; without meaning where zeros cost nothing",
+    "ce_recovered": "1 is the model itself, 0 zeros for the activations; no meaning where zeros cost nothing",
     "delta_ce": "Nats per token that the SAE costs its model: lower is better",
     "kl": "KL(clean ‖ with the SAE), nats per token: lower is better",
     "l0": "Active features per row: sparser is lower",

@@ -29,7 +29,7 @@ Values = Sequence[float | None]
 Group = tuple[str, str, Sequence[tuple[float, float]]]
 """Name, colour and points (x, y)."""
 
-MAX_DOTS = 300
+MAX_DOTS = 200
 """Dots of a group that are drawn; its data hold all of them."""
 MAX_LINES = 160
 LABEL_CHARACTERS = 12
