@@ -18,8 +18,8 @@ Group = tuple[str, str, Sequence[Card], Sequence[str]]
 ALIKE = 3
 """Hook points with the same grid from which on the page goes by method instead of by hook point."""
 MEANING = {
-    "alpha": " α is the penalty of a loss that divides the reconstruction error by the width of rows and the L1 "
-    "by the number of features.",
+    "alpha": " α is the penalty of a loss that divides the reconstruction error by the width of rows and the "
+    "L1 by the number of features.",
     "l1_coefficient": " λ is the penalty that was trained with.",
 }
 METHODS = {
@@ -61,7 +61,8 @@ def by_method(alike: Sequence[Family], written: dict[str, str]) -> list[Group]:
         # what a figure says stands above all of its panels
         panels = [replace(card, note="") for card in cards if card is not None]
         if panels:
-            said = f"{note}. A panel for each hook point, with the same colours in all of them. {by_penalty(alike[0].penalty)}"
+            axes = by_penalty(alike[0].penalty)
+            said = f"{note}. A panel for each hook point, with the same colours in all of them. {axes}"
             groups.append((f"{METHODS.get(field, '')}{what}, {kind}", said, panels, []))
     return groups[: _after_method_2(groups)] + _sticky(alike, written) + groups[_after_method_2(groups) :]
 
