@@ -22,6 +22,7 @@ from penstock.deploy.processes import build_corpus
 from penstock.store.corpus import HELD_OUT, TRAIN, Corpus, corpus_arrays, open_corpus
 from penstock.store.dataset import open_dataset
 from penstock.trainer.judging import experiments
+from services.browser import open_page
 from services.command import called, penstock, start
 from services.lm import shipped_model
 from services.waiting import eventually
@@ -145,6 +146,17 @@ def test_it_leaves_a_page_a_record_and_every_figures_data(
     assert float(rows[0]["KL"]) == overview["dictionaries"]["resid-topk"]["kl"]
     assert (out / "contexts-mlp-l1-histograms.csv").exists()
     assert [line.split(":")[0] for line in done.lines()[:2]] == list(SAES)
+
+
+@pytest.mark.services
+def test_a_browser_opens_every_figure_without_complaint(
+    evaluate: Callable[..., Judged], tmp_path: Path
+) -> None:
+    evaluate(context=192)
+    dom, complaints = open_page(tmp_path / "out" / "evaluation.html", tmp_path / "profile")
+    assert complaints == []
+    assert dom.count('<svg viewBox="0 0 380') > 20
+    assert "Beyond the trained context" in dom
 
 
 def test_examples_are_text_of_the_corpus(

@@ -17,7 +17,7 @@ from penstock.common.model.language_model import LanguageModel
 from penstock.trainer.judging import positions
 from penstock.trainer.judging import text as text_module
 from penstock.trainer.judging.dictionaries import Dictionary
-from penstock.trainer.judging.positions_figures import beyond
+from penstock.trainer.judging.positions_tables import beyond
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.text import Text
 from penstock.trainer.kinds import StandardSettings
