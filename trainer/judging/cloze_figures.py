@@ -163,7 +163,8 @@ def _strip(record: Record) -> Shown:
     return Shown(
         "cloze_delta",
         "Δln p of every prompt",
-        "A dot per prompt: below 0 the dictionary makes its answer less likely, in nats; bars are medians.",
+        "A dot per prompt: below 0 the dictionary makes its answer less likely, in nats; bars are medians of "
+        f"all. At most {task_figures.MAX_DOTS} of an outcome are drawn.",
         ["dictionary", "L0", "prompt", "task", "class", "Δln p"],
         rows,
         Markup(svg),
@@ -216,8 +217,8 @@ def _against(record: Record, quantity: str) -> Shown:
     return Shown(
         f"cloze_delta_by_{quantity}",
         f"Δln p against {_MEANING[quantity]}",
-        "A dot per prompt and dictionary, below 0 where its answer becomes less likely, in nats; the table "
-        "below has rank correlations.",
+        "A dot per prompt and dictionary, below 0 where its answer becomes less likely, in nats; at most "
+        f"{task_figures.MAX_DOTS} of each are drawn. The table below has rank correlations of all.",
         ["dictionary", "L0", "prompt", "last token", "mean over the prompt", "Δln p"],
         rows,
         Markup(svg),
