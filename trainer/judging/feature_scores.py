@@ -165,7 +165,8 @@ def show(record: dict[str, Any]) -> list[Shown]:
         Shown(
             "feature_scores",
             "Scores of features",
-            f"{note} At most {task_figures.MAX_DOTS} of each dictionary are drawn. Active on no prompt, and without a score: {missing}.",
+            f"{note} At most {task_figures.MAX_DOTS} of each dictionary are drawn. "
+            f"Active on no prompt, and without a score: {missing}.",
             ["dictionary", "L0", "feature", *header],
             rows,
             Markup(
