@@ -11,18 +11,19 @@ dated, and the reader's own matplotlib settings are set aside.
 import io
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from penstock.trainer.svg import inline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
 COLORS = 8  # --s0 … --s7 in the page; with more SAEs than that they repeat
+TONES = 2 * COLORS  # and --t0 … --t7, the same darker (lighter on dark), where marks alone tell SAEs apart
 DASHES = ("", "5 2.5", "1.5 2", "8 2.5 1.5 2.5")  # one per hook, in units of the view box
 
 # View box units. A figure is shown about 1.35 times as large on a desktop, 1.1 times on a phone.
@@ -33,6 +34,7 @@ STEPS = (1, 2, 2.5, 5, 10)  # between the ticks of an axis
 
 # A line keeps at most this many points: more cannot be told apart at this size.
 MAX_POINTS = 400
+DOT_LAYERS = 4
 
 INK, MUTED, GRID, SURFACE, PRODUCED, TRAINED = (f"#a1000{i}" for i in range(6))
 _VARIABLES = dict(
@@ -41,7 +43,7 @@ _VARIABLES = dict(
         ("--ink", "--muted", "--grid", "--surface", "--produced", "--trained"),
         strict=True,
     )
-) | {f"#a2000{i}": f"--s{i}" for i in range(COLORS)}
+) | {f"#a{tone}000{i}": f"--{letter}{i}" for tone, letter in ((2, "s"), (3, "t")) for i in range(COLORS)}
 
 T = TypeVar("T")
 Points = Sequence[tuple[float, float]]
@@ -59,6 +61,32 @@ class Series:
 
 def series_color(index: int) -> str:
     return f"#a2000{index % COLORS}"
+
+
+def tone(index: int) -> str:
+    """A colour of its own for each of `TONES`."""
+    return f"#a{2 + index // COLORS % 2}000{index % COLORS}"
+
+
+def tone_variable(index: int) -> str:
+    """The page's variable of a tone, for legends."""
+    return _VARIABLES[tone(index)]
+
+
+def dots(ax: "Axes", points: Points, color: str, size: float) -> None:
+    """Many small dots, which show through where they are dense.
+
+    Lines without length and with round ends: a few characters each in the page. They are dealt out to a few
+    paths, as within a path nothing shows through.
+    """
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    for share in (points[i::DOT_LAYERS] for i in range(DOT_LAYERS)):
+        if share:
+            path = Path([p for p in share for _ in range(2)], [Path.MOVETO, Path.LINETO] * len(share))
+            style: dict[str, Any] = {"fill": False, "linewidth": size, "capstyle": "round", "alpha": 0.6}
+            ax.add_patch(PathPatch(path, edgecolor=color, **style))
 
 
 def sampled(items: Sequence[T], cap: int) -> list[T]:
@@ -143,7 +171,14 @@ def frontier(salt: str, alt: str, points: Sequence[tuple[Series, str]]) -> str:
 
 
 def density(
-    salt: str, alt: str, color: int, edges: Sequence[float], counts: Sequence[float], never: float
+    salt: str,
+    alt: str,
+    color: str,
+    edges: Sequence[float],
+    counts: Sequence[float],
+    never: float,
+    *,
+    of: str = "held-out rows",
 ) -> str:
     """Features by log10 of their firing frequency; those that never fired stand apart, left."""
     if len(edges) != len(counts) + 1 or len(counts) == 0:
@@ -154,7 +189,7 @@ def density(
     def paint(ax: "Axes") -> None:
         widths = [b - a for a, b in itertools.pairwise(edges)]
         bars: dict[str, Any] = {"edgecolor": SURFACE, "linewidth": 0.5}
-        ax.bar(edges[:-1], counts, widths, align="edge", color=series_color(color), **bars)
+        ax.bar(edges[:-1], counts, widths, align="edge", color=color, **bars)
         ax.bar([apart], [never], 0.06 * span, color=MUTED, **bars)
         tallest = max(*counts, never, 1.0)
         ax.text(apart, never + 0.02 * tallest, f"{never:,.0f}", ha="center", color=INK)
@@ -166,7 +201,7 @@ def density(
         # The first decade's label would run into "never" when it sits on the very edge.
         labelled = [d for d in decades if d - edges[0] > 0.06 * span]
         ax.set_xticks([apart, *labelled], ["never", *(decade(d) for d in labelled)])
-        ax.set_xlabel("share of held-out rows on which a feature is active")
+        ax.set_xlabel(f"share of {of} on which a feature is active")
 
     return draw(salt, alt, paint)
 
@@ -248,23 +283,10 @@ def draw(salt: str, alt: str, paint: "Callable[[Axes], None]") -> str:
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    return _inline(out.getvalue(), alt)
-
-
-def _inline(svg: str, alt: str) -> str:
-    """matplotlib's SVG document as an element of an HTML page."""
-    body = svg[svg.index("<svg") :]
-    body = body[body.index(">") + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    # Its style sheet would apply to the whole page, and its group ids repeat in every figure.
-    body = re.sub(r"<style\b.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    # A hundredth of a unit is invisible; more digits only make the page larger.
-    body = re.sub(r'(?<= d=")[^"]*', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d[0]), body)
+    body = out.getvalue()
     for color, variable in _VARIABLES.items():
         body = body.replace(f": {color}", f": var({variable})")
-    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">'
-    return head + body
+    return inline(body, alt, WIDTH, HEIGHT)
 
 
 def _replace_points(series: Series, points: Points) -> Series:
@@ -301,33 +323,83 @@ def _ticks_for_log(axis: "Axis", low: float, high: float) -> None:
 
 
 def _name_points(ax: "Axes", series: Sequence[Series]) -> None:
-    """Write each name under its point or, where that is taken, at the next free place around it."""
+    """Write each name under its point or, where that is taken, above it.
+
+    Names of points that lie on one heap stand beside it, one below the other in the order of the points, each
+    with a line to its own.
+    """
     import numpy as np
 
     # Where a point falls in the axes, from 0 to 1, and from there in the view box.
     to_axes = ax.transData + ax.transAxes.inverted()
     room = np.array([WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM])
-    centers = [to_axes.transform(s.points[0]) * room + (LEFT, BOTTOM) for s in series]
+    centers = [tuple(to_axes.transform(s.points[0]) * room + (LEFT, BOTTOM)) for s in series]
     # Boxes as left, bottom, right, top. Markers first: no name may cover one.
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in centers]
-    for s, (x, y) in sorted(zip(series, centers, strict=True), key=lambda pair: -pair[1][1]):
-        name = " ".join(s.name.split())
-        name = name if len(name) <= 24 else name[:23] + "…"
-        half = 0.3 * FONT * len(name)
+    heaps = _heaps(centers)
+    for heap in (heap for heap in heaps if len(heap) > 2):
+        widest = max(_half(series[i]) for i in heap) * 2
+        start = max(centers[i][0] for i in heap) + 16
+        right = start + widest <= WIDTH - RIGHT
+        edge = start if right else min(centers[i][0] for i in heap) - 16
+        middle = sum(centers[i][1] for i in heap) / len(heap)
+        top = min(middle + 11 * (len(heap) - 1) / 2, HEIGHT - TOP - 5)
+        top = max(top, BOTTOM + 8 + 11 * (len(heap) - 1))
+        for row, i in enumerate(sorted(heap, key=lambda i: -centers[i][1])):
+            y = top - 11 * row
+            across = (edge, edge + widest) if right else (edge - widest, edge)
+            taken.append((across[0], y - 5, across[1], y + 5))
+            _write(ax, series[i], (edge, y), "left" if right else "right", towards=centers[i])
+    alone = [i for heap in heaps if len(heap) <= 2 for i in heap]
+    for i in sorted(alone, key=lambda i: -centers[i][1]):
+        (x, y), half = centers[i], _half(series[i])
         middle = min(max(x, LEFT + half), WIDTH - RIGHT - half)
         places = [y + step for step in (-11, 11, -22, 22, -33, 33)]
         boxes = [(middle - half, v - 5, middle + half, v + 5) for v in places]
-        free = [b for b in boxes if b[1] > BOTTOM and not any(_overlap(b, t) for t in taken)]
+        inside = [b for b in boxes if b[1] > BOTTOM and b[3] < HEIGHT]
+        free = [b for b in inside if not any(_overlap(b, t) for t in taken)]
         box = free[0] if free else boxes[0]
         taken.append(box)
-        ax.annotate(
-            name,
-            (middle, (box[1] + box[3]) / 2),
-            xycoords="figure points",
-            ha="center",
-            va="center_baseline",
-            color=series_color(s.color),
-        )
+        _write(ax, series[i], (middle, (box[1] + box[3]) / 2), "center")
+
+
+def _heaps(centers: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Points that lie so close, one to the next, that their names would cover each other."""
+    heaps: list[list[int]] = []
+    for i, (x, y) in enumerate(centers):
+        near = [
+            h for h in heaps if any(abs(x - centers[j][0]) < 30 and abs(y - centers[j][1]) < 13 for j in h)
+        ]
+        heaps = [h for h in heaps if h not in near] + [[*(j for h in near for j in h), i]]
+    return heaps
+
+
+def _label(series: Series) -> str:
+    name = " ".join(series.name.split())
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def _half(series: Series) -> float:
+    """Half of its name's width."""
+    return 0.3 * FONT * len(_label(series))
+
+
+def _write(
+    ax: "Axes",
+    series: Series,
+    at: tuple[float, float],
+    side: str,
+    towards: tuple[float, float] | None = None,
+) -> None:
+    """A name, and a line from it to its point."""
+    color = series_color(series.color)
+    if towards is not None:
+        gap = 2 if side == "left" else -2
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        ends = {"xycoords": "figure points", "textcoords": "figure points"}
+        ax.annotate("", towards, (at[0] - gap, at[1]), arrowprops=line, annotation_clip=False, **ends)
+    text: dict[str, Any] = {"ha": side, "va": "center_baseline", "color": color}
+    ax.annotate(_label(series), at, xycoords="figure points", **text)
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:

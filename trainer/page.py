@@ -26,6 +26,8 @@ class Card:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     legend: Sequence[tuple[str, str, str]] = field(default=())  # name, CSS colour, dash pattern
+    numeric: Sequence[bool] = field(default=())  # columns; by default all but the first
+    source: str = ""  # where all of the rows are
 
 
 def render(template: str, **values: object) -> str:

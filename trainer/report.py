@@ -275,7 +275,8 @@ def _densities(saes: list[dict[str, Any]], looks: list[Series]) -> list[Card]:
             f"Histogram of how often the features of {look.name} are active: "
             f"{count(sum(counts))} features active at least once, {count(never)} never"
         )
-        svg = figures.density(f"density {len(cards)}", alt, look.color, known, counts, never)
+        color = figures.series_color(look.color)
+        svg = figures.density(f"density {len(cards)}", alt, color, known, counts, never)
         rows = [["never", "never", count(never)]] + [
             [f"{10**low:.2g}", f"{10**high:.2g}", count(n)]
             for low, high, n in zip(known[:-1], known[1:], counts, strict=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from penstock.deploy.processes import build_corpus
 from penstock.store.corpus import HELD_OUT, TRAIN, Corpus, corpus_arrays, open_corpus
 from penstock.store.dataset import open_dataset
 from penstock.trainer.judging import experiments
+from services.browser import open_page
 from services.command import called, penstock, start
 from services.lm import shipped_model, shipped_tokenizer
 from services.waiting import eventually
@@ -135,12 +137,28 @@ def test_it_leaves_a_page_a_record_and_every_figures_data(
     assert (stored["what"], stored["chunks"]) == ("stored rows", 3)
     page = (out / "evaluation.html").read_text()
     assert "resid-topk" in page
+    # columns have headings, not the names of fields; every table of dictionaries has their L0
+    for head in re.findall(r"<thead>(.*?)</thead>", page):
+        names = re.findall(r"<th[^>]*>([^<]*)</th>", head)
+        assert not [name for name in names if re.search("[a-z]_[a-z]", name)]
+        assert "L0" in names or "Dictionary" not in names
     with (out / "overview.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["Dictionary"] for row in rows] == list(SAES)
     assert float(rows[0]["KL"]) == overview["dictionaries"]["resid-topk"]["kl"]
     assert (out / "contexts-mlp-l1-histograms.csv").exists()
     assert [line.split(":")[0] for line in done.lines()[:2]] == list(SAES)
+
+
+@pytest.mark.services
+def test_a_browser_opens_every_figure_without_complaint(
+    evaluate: Callable[..., Judged], tmp_path: Path
+) -> None:
+    evaluate(context=192)
+    dom, complaints = open_page(tmp_path / "out" / "evaluation.html", tmp_path / "profile")
+    assert complaints == []
+    assert dom.count('<svg viewBox="0 0 380') > 20
+    assert "Beyond the trained context" in dom
 
 
 def test_examples_are_text_of_the_corpus(

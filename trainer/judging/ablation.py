@@ -26,8 +26,9 @@ from penstock.trainer.judging.cloze import Cloze, Item
 from penstock.trainer.judging.cloze_score import Progress, layer
 from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.feature_scores import FeatureSums, add_scores
+from penstock.trainer.judging.heat import visible
 from penstock.trainer.judging.prompts import batches, owner
-from penstock.trainer.judging.shown import Shown
+from penstock.trainer.judging.shown import AT_ONCE, Shown, Table, keyed, with_l0
 from penstock.trainer.judging.splice import Change, Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.task_settings import AblationSettings
@@ -228,26 +229,36 @@ def show(record: dict[str, Any]) -> list[Shown]:
         for one in found
         for entry in one["effects"]
     ]
-    groups = [
-        (one["name"], [(f"{one['name']} {e['feature']}", e["mean_effect"]) for e in _outer(one["effects"])])
+    columns = [(one["name"], [(e["feature"], e["mean_effect"]) for e in one["effects"]]) for one in found]
+    ends: list[list[object]] = [
+        [
+            one["name"],
+            one["l0"],
+            *(e[key] for e in (first, last) for key in ("feature", "mean_effect")),
+        ]
         for one in found
+        if one["effects"]
+        for first, last in [(one["effects"][0], one["effects"][-1])]
     ]
     rounding = max(one["rounding"] for one in found)
     lines = [
         Shown(
             "ablation",
             "Features taken out, one at a time",
-            f"Mean change of the answer's ln p over {record['prompts']:,} prompts, in nats, the rest of the "
-            "activations untouched. Above 0 the feature was harmful, below 0 helpful. The most harmful and "
-            f"the most helpful ones of each dictionary are drawn. Rounding alone gives up to {rounding:.1e}.",
+            "A dot per feature, the ends with their numbers: the mean change of the answer's ln p in nats, "
+            f"over {record['prompts']:,} prompts, the rest of the activations untouched. Above 0 the feature "
+            f"was harmful, below 0 helpful. Rounding alone gives up to {rounding:.1e}.",
             [
                 *("dictionary", "L0", "feature", "prompts active", "mean effect", "mean where active"),
                 *("raised", "lowered", "attribution", "score"),
             ],
             rows,
-            Markup(
-                task_figures.bars("ablation", "Effect of taking features out", groups, "mean effect on ln p")
+            Markup(task_figures.effects("ablation", "Effect of taking features out", columns)),
+            Table(
+                ["dictionary", "L0", "most harmful", "mean effect", "most helpful", "mean effect"],
+                ends,
             ),
+            keyed([with_l0(one["name"], one["l0"]) for one in found]),
         )
     ]
     for kind in ("harmful", "helpful"):
@@ -255,37 +266,36 @@ def show(record: dict[str, Any]) -> list[Shown]:
     return lines
 
 
-def _outer(effects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first and the last few."""
-    return effects if len(effects) <= 2 * DRAWN else [*effects[:DRAWN], *effects[-DRAWN:]]
-
-
 def _contexts_shown(found: list[dict[str, Any]], kind: str) -> Shown:
     rows: list[list[object]] = []
+    first: list[list[object]] = []
     for one in found:
         effects = {entry["feature"]: entry["mean_effect"] for entry in one["effects"]}
-        for entry in one[kind]:
-            for context in entry["contexts"]:
+        for rank, entry in enumerate(one[kind]):
+            for strongest, context in enumerate(entry["contexts"]):
                 text = f"{context['before']}«{context['token']}»{context['after']}"
                 values = (context["activation"], context["task"], context["answer"], context["effect"])
                 rows.append(
                     [one["name"], one["l0"], entry["feature"], effects[entry["feature"]], text, *values]
                 )
+                if rank < max(1, AT_ONCE // len(found)) and strongest == 0:
+                    seen = (_in_a_line(value) if isinstance(value, str) else value for value in rows[-1][4:])
+                    first.append([*rows[-1][:4], *seen])
+    columns = ["dictionary", "L0", "feature", "mean effect", "context", "activation", "task", "answer"]
+    columns += ["effect here"]
     return Shown(
         f"ablation_{kind}",
         f"The most {kind} features, in context",
-        "The prompts on which each is strongest; the token where it is stands in «». Without it the answer's "
-        f"ln p {'rises' if kind == 'harmful' else 'falls'} on average.",
-        [
-            "dictionary",
-            "L0",
-            "feature",
-            "mean effect",
-            "context",
-            "activation",
-            "task",
-            "answer",
-            "effect here",
-        ],
+        "The first of each dictionary where they are strongest, the token in «», a line's end as ↵, eight "
+        "spaces as ×8. Without "
+        f"one the answer's ln p {'rises' if kind == 'harmful' else 'falls'} on average. The data have more "
+        "of them, in more contexts.",
+        columns,
         rows,
+        table=Table(columns, first),
     )
+
+
+def _in_a_line(text: str) -> str:
+    """White space as it is shown, but for spaces: a table breaks lines there."""
+    return visible(text).replace("·", " ")

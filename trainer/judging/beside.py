@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from penstock.common.errors import UserError
-from penstock.trainer.figures import MUTED, SURFACE, compact, draw, series_color
+from penstock.trainer.figures import LEFT, MUTED, RIGHT, SURFACE, WIDTH, compact, draw, series_color
 from penstock.trainer.judging.shown import Shown
 from penstock.trainer.page import finite
 
@@ -46,7 +46,15 @@ METRICS = {
     "d_sae": "Features",
 }
 """Field -> what it is called; others follow by their own names."""
-DRAWN = ("explained_variance", "ce_recovered", "delta_ce", "kl", "l0", "dead_features")
+DRAWN = {
+    "explained_variance": "1 is perfect; compare at the same L0",
+    "ce_recovered": "1 is the model itself, 0 zeros for the activations; no meaning where zeros cost nothing",
+    "delta_ce": "Nats per token that the SAE costs its model: lower is better",
+    "kl": "KL(clean ‖ with the SAE), nats per token: lower is better",
+    "l0": "Active features per row: sparser is lower",
+    "dead_features": "Features active on no held-out row",
+}
+"""Field -> how to read its bars."""
 SHARES = ("explained_variance", "ce_recovered")
 """Their best value is 1. Bars end at 0 and 1; where a share is beyond, its number says so."""
 
@@ -181,8 +189,20 @@ def _bars(judged: Sequence[Judged], saes: Sequence[str], field: str) -> Shown:
     labels = [one.label for one in judged]
     told = f"{title} of {', '.join(saes)}, a bar for each of {', '.join(labels)}"
     rows: list[list[object]] = [[name, *line] for name, line in zip(saes, values, strict=True)]
-    svg = _draw_bars(f"beside {field}", told, saes, values, share=field in SHARES)
-    return Shown(f"beside-{field}", title, "A bar for each model", ["SAE", *labels], rows, svg)
+    names = [_with_l0s(name, judged) for name in saes]
+    svg = _draw_bars(f"beside {field}", told, names, values, share=field in SHARES)
+    return Shown(f"beside-{field}", title, DRAWN[field], ["SAE", *labels], rows, svg)
+
+
+def _with_l0s(name: str, judged: Sequence[Judged]) -> str:
+    """A name, and below it the L0 of each of its bars."""
+    found = [one.figures.get(name, {}).get("l0") for one in judged]
+    return f"{name}\nL0 " + " · ".join("—" if value is None else f"{value:.0f}" for value in found)
+
+
+def _number(value: float) -> str:
+    """Two digits, one of what is small: it has to fit above a bar."""
+    return compact(float(f"{value:.1g}" if abs(value) < 0.01 else f"{value:.2g}"))
 
 
 def _draw_bars(
@@ -207,10 +227,16 @@ def _draw_bars(
                 )
                 size = max(5.0, min(8.0, 110 * width / len(saes)))
                 at = max(height, 0.0) + 0.02 * (top - bottom)
-                ax.text(left + width / 2, at, compact(float(f"{value:.2g}")), ha="center", fontsize=size)
+                ax.text(left + width / 2, at, _number(value), ha="center", fontsize=size)
         ax.axhline(0.0, color=MUTED, linewidth=0.8)
         ax.set_xlim(-0.5, len(saes) - 0.5)
         ax.set_ylim(bottom, bottom + 1.12 * (top - bottom))
-        ax.set_xticks(range(len(saes)), saes, fontsize=min(10.0, 240 / sum(map(len, saes)) * 2.0))
+        ax.set_xticks(range(len(saes)), saes, fontsize=_size(saes))
 
     return Markup(draw(salt, alt, paint))
+
+
+def _size(names: Sequence[str]) -> float:
+    """The size in which names of two lines stand beside each other."""
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    return min(9.0, (WIDTH - LEFT - RIGHT) / len(names) / longest / 0.62)

@@ -1,19 +1,24 @@
 """What cloze scores show (`cloze_score.py`)."""
 
 import math
+from statistics import median
 from typing import Any
 
 from markupsafe import Markup
 
-from penstock.trainer.figures import MUTED, series_color
+from penstock.trainer.figures import MUTED, tone
 from penstock.trainer.judging import task_figures
 from penstock.trainer.judging.cloze_score import CLASSES, QUANTITIES
-from penstock.trainer.judging.shown import Shown
+from penstock.trainer.judging.shown import Shown, Table, keyed, with_l0
 
 Record = dict[str, Any]
 
-CLASS_COLORS = dict(zip(CLASSES, (series_color(0), series_color(6), series_color(2), MUTED), strict=True))
-_MEANING = {"mse": "Σ_d (x − x̂)²", "l0": "L0", "norm": "‖x‖"}
+CLASS_COLORS = dict(zip(CLASSES, (tone(0), tone(6), tone(2), MUTED), strict=True))
+CLASS_KEY = tuple(
+    (name.replace("_", " → "), variable, "")
+    for name, variable in zip(CLASSES, ("--s0", "--s6", "--s2", "--muted"), strict=True)
+)
+_MEANING = {"mse": "Σ(x − x̂)²", "l0": "L0", "norm": "‖x‖"}
 
 
 def show(record: Record) -> list[Shown]:
@@ -33,6 +38,10 @@ def show(record: Record) -> list[Shown]:
 
 def _names(record: Record) -> list[str]:
     return [one["name"] for one in record["dictionaries"]]
+
+
+def _named(record: Record) -> list[str]:
+    return [with_l0(one["name"], one["l0"]) for one in record["dictionaries"]]
 
 
 def _beyond(record: Record) -> str:
@@ -68,7 +77,10 @@ def _accuracy(record: Record) -> Shown:
         [one["name"], one["hook_out"], one["l0"], one["accuracy"], one["mean_ln_p"]]
         for one in record["dictionaries"]
     ]
-    note = f"Share of {n:,} prompts whose answer is the likeliest token, ± its standard error."
+    note = (
+        f"Share of {n:,} prompts whose answer is the likeliest token, ± its standard error; dashed: with "
+        "nothing replaced."
+    )
     return Shown(
         "cloze_accuracy",
         "Cloze accuracy",
@@ -88,12 +100,20 @@ def _by_task(record: Record) -> Shown:
             ours = one["by_task"][task]
             figures = [ours[name] for name in ("prompts", "accuracy", "mean_ln_p", "mean_delta_ln_p")]
             rows.append([task, one["name"], one["l0"], *figures])
+    shares = {(row[0], row[1]): row[4] for row in rows}
+    levels = {one["name"]: one["l0"] for one in record["dictionaries"]}
+    lines: list[list[object]] = [
+        [name, levels.get(name), *(shares[task, name] for task in record["tasks"])]
+        for name in ("clean", *levels)
+    ]
     return Shown(
         "cloze_by_task",
         "Cloze accuracy by task",
-        "Each task with the clean model and with each dictionary in place.",
+        "Share of each task's prompts that are answered rightly with each dictionary in place, beside the "
+        "clean model's.",
         ["task", "dictionary", "L0", "prompts", "accuracy", "mean ln p", "mean Δln p"],
         rows,
+        table=Table(["dictionary", "L0", *record["tasks"]], lines),
     )
 
 
@@ -113,10 +133,12 @@ def _classes(record: Record) -> Shown:
     return Shown(
         "cloze_classes",
         "What becomes of right and wrong answers",
-        "Prompts by outcome: the clean model's, then the one with the dictionary in place.",
+        "Prompts by the clean model's outcome and the one with the dictionary in place: right → wrong is "
+        "what it breaks, wrong → right what it mends.",
         ["dictionary", "L0", *(name.replace("_", " → ") for name in CLASSES), "prompts"],
         rows,
         Markup(task_figures.stacks("cloze-classes", "Outcome classes", _names(record), groups)),
+        legend=CLASS_KEY,
     )
 
 
@@ -141,10 +163,12 @@ def _strip(record: Record) -> Shown:
     return Shown(
         "cloze_delta",
         "Δln p of every prompt",
-        "How much less or more likely the answer becomes, in nats. The line is the median.",
+        "A dot per prompt: below 0 the dictionary makes its answer less likely, in nats; bars are medians of "
+        f"all. At most {task_figures.MAX_DOTS} of an outcome are drawn.",
         ["dictionary", "L0", "prompt", "task", "class", "Δln p"],
         rows,
         Markup(svg),
+        legend=CLASS_KEY,
     )
 
 
@@ -154,10 +178,13 @@ def _parallel(record: Record) -> Shown:
     lines = list(zip(*columns, strict=True))
     tasks = [item["task"] for item in record["items"]]
     groups = [
-        (task, series_color(i), [line for line, of in zip(lines, tasks, strict=True) if of == task])
+        (task, tone(i), [line for line, of in zip(lines, tasks, strict=True) if of == task])
         for i, task in enumerate(record["tasks"])
     ]
     svg = task_figures.parallel("cloze-parallel", "ln p of each prompt across dictionaries", names, groups)
+    medians: list[list[object]] = [
+        [task, *(float(median(column)) for column in zip(*of, strict=True))] for task, _, of in groups if of
+    ]
     rows: list[list[object]] = [
         [i, item["task"], item["prompt"], item["answer"], item["tokens"], *line]
         for i, (item, line) in enumerate(zip(record["items"], lines, strict=True))
@@ -165,10 +192,13 @@ def _parallel(record: Record) -> Shown:
     return Shown(
         "cloze_ln_p",
         "ln p of the answers, side by side",
-        "A thin line per prompt, of some of them; a thick one for each task's median.",
+        "Each task's median, thick, and some of its prompts, thin: a line that falls is an answer that this "
+        "dictionary makes less likely, in nats.",
         ["prompt", "task", "end of prompt", "answer", "tokens", *names],
         rows,
         Markup(svg),
+        Table(["task", "clean", *_named(record)], medians),
+        keyed(record["tasks"]),
     )
 
 
@@ -178,8 +208,8 @@ def _against(record: Record, quantity: str) -> Shown:
         last, mean = (one["values"][f"{quantity}_{where}"] for where in ("last", "mean"))
         delta = one["delta_ln_p"]
         points = [(x, y) for x, y in zip(mean, delta, strict=True) if x is not None]
-        groups.append((one["name"], series_color(place), points))
-        rows += [[one["name"], i, last[i], mean[i], delta[i]] for i in range(len(delta))]
+        groups.append((one["name"], tone(place), points))
+        rows += [[one["name"], one["l0"], i, last[i], mean[i], delta[i]] for i in range(len(delta))]
     axes = (f"{_MEANING[quantity]}, mean over the prompt", "Δln p")
     svg = task_figures.scatter(
         f"cloze-{quantity}", f"Δln p against {quantity}", groups, axes, log_x=quantity != "l0"
@@ -187,10 +217,12 @@ def _against(record: Record, quantity: str) -> Shown:
     return Shown(
         f"cloze_delta_by_{quantity}",
         f"Δln p against {_MEANING[quantity]}",
-        "A dot per prompt and dictionary, up: the answer's Δln p in nats. Rank correlations are below.",
-        ["dictionary", "prompt", "last token", "mean over the prompt", "Δln p"],
+        "A dot per prompt and dictionary, below 0 where its answer becomes less likely, in nats; at most "
+        f"{task_figures.MAX_DOTS} of each are drawn. The table below has rank correlations of all.",
+        ["dictionary", "L0", "prompt", "last token", "mean over the prompt", "Δln p"],
         rows,
         Markup(svg),
+        legend=keyed(_named(record)),
     )
 
 

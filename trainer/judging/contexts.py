@@ -258,7 +258,7 @@ def _show(name: str, one: dict[str, Any]) -> list[Shown]:
     else:
         where = f"{source['sequences']} sequences of held-out text"
     note = (
-        f"{one['hook_name']}; L0 {one['l0']:.4g}; {one['never_active']:,} of {one['d_sae']:,} features never "
+        f"{one['hook_name']}; L0 {one['l0']:.1f}; {one['never_active']:,} of {one['d_sae']:,} features never "
         f"active. Over {source['rows']:,} rows, {where}"
     )
     examples: list[list[object]] = [
@@ -297,6 +297,7 @@ def _show(name: str, one: dict[str, Any]) -> list[Shown]:
             "Share: of all rows. Mean: over rows on which a feature is active",
             ["Feature", "Band", "Rows", "Share", "Mean", "Largest", "Promotes", "Suppresses"],
             table,
+            folded=True,
         ),
         Shown(
             f"contexts-{name}-histograms",
@@ -304,6 +305,7 @@ def _show(name: str, one: dict[str, Any]) -> list[Shown]:
             "Rows by activation, two bins to a doubling; those on which a feature is not active stand first",
             ["Feature", "From", "To", "Rows"],
             bars,
+            folded=True,
         ),
     ]
 

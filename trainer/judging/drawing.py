@@ -31,6 +31,38 @@ _ROOM = 0.34
 _LETTERS = 17
 
 
+def shared_out(names: Sequence[str], hooks: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Dictionaries as (place, colour) by figure, so that colours tell the lines of each apart.
+
+    Where there are too many for one figure, a figure has all of a hook point, or the first of every hook
+    point, the second of every one and so on, as kinds are mostly listed. If neither comes out well, figures
+    are of one size.
+    """
+    many = len(names)
+    if many <= PER_FIGURE:
+        return [[(i, i) for i in range(many)]]
+    met: dict[str, list[int]] = {}
+    turns: dict[int, list[int]] = {}
+    for i, hook in enumerate(hooks):
+        met.setdefault(hook, []).append(i)
+        turns.setdefault(len(met[hook]), []).append(i)
+    ways = [list(way.values()) for way in (met, turns)]
+    ways = [way for way in ways if all(2 <= len(some) <= PER_FIGURE for some in way)]
+    count = math.ceil(many / PER_FIGURE)
+    even = [list(range(many * i // count, many * (i + 1) // count)) for i in range(count)]
+    best = min(ways, key=len, default=even)
+    if len(met) <= PER_FIGURE and all(len({hooks[i] for i in some}) == len(some) for some in best):
+        order = list(met)  # a hook point has the same colour in all figures
+        return [[(i, order.index(hooks[i])) for i in some] for some in best]
+    return [[(i, color) for color, i in enumerate(some)] for some in best]
+
+
+def in_common(names: Sequence[str]) -> str:
+    """What is the same in names whose parts are joined by `-`: topk of layer0-topk and layer1-topk."""
+    parts = [name.split("-") for name in names]
+    return "-".join(part for part in parts[0] if all(part in other for other in parts[1:]))
+
+
 @dataclass(frozen=True)
 class Line:
     """Means by position with their standard errors; null where there is none."""
@@ -38,6 +70,7 @@ class Line:
     name: str
     means: Sequence[float | None]
     errors: Sequence[float | None]
+    color: int = 0
 
     def points(self) -> list[tuple[int, float, float]]:
         """(position, mean, half of the band's width)."""
@@ -62,10 +95,7 @@ def by_position(
             alone is as wide is left out.
     """
     width = view[1] - view[0]
-    shown = [
-        (color, line, [point for point in line.points() if 2 * point[2] < width])
-        for color, line in enumerate(lines)
-    ]
+    shown = [(line.color, line, [point for point in line.points() if 2 * point[2] < width]) for line in lines]
     shown = [entry for entry in shown if entry[2]]
     if not shown:
         return Markup("")
@@ -126,6 +156,7 @@ def _name(ax: "Axes", ends: list[tuple[int, str, float]], context: int) -> None:
             color=series_color(color),
             arrowprops={
                 "arrowstyle": "-",
+                "relpos": (0.0, 0.5),
                 "color": series_color(color),
                 "linewidth": 0.6,
                 "shrinkA": 0,

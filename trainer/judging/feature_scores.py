@@ -27,7 +27,7 @@ from penstock.trainer.judging.cloze import Cloze
 from penstock.trainer.judging.cloze_score import Progress, layer
 from penstock.trainer.judging.dictionaries import Dictionary
 from penstock.trainer.judging.prompts import Prompts, batches, per_prompt
-from penstock.trainer.judging.shown import Shown
+from penstock.trainer.judging.shown import AT_ONCE, Shown, Table, keyed, with_l0
 from penstock.trainer.judging.splice import Splice, forward
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.task_settings import FeatureScoreSettings
@@ -153,18 +153,20 @@ def show(record: dict[str, Any]) -> list[Shown]:
         known = [f for f, prompts in enumerate(one["prompts"]) if prompts]
         rows += [[one["name"], one["l0"], f, *(one[name][f] for name in columns)] for f in known]
         points = [(one["prompts"][f], one["score"][f]) for f in known]
-        groups.append((one["name"], figures.series_color(place), points))
+        groups.append((one["name"], figures.tone(place), points))
     missing = ", ".join(f"{one['never_active']:,} of {one['features']:,} in {one['name']}" for one in found)
     note = (
         f"Features active on one of a prompt's last {record['last_tokens']} tokens: +1 for each prompt whose "
         "answer became likelier with the dictionary in place, −1 for each whose became less likely."
     )
+    few = max(1, AT_ONCE // len(found) // 2)
     header = ["prompts", "score", "outcome", "mean Δln p", "attribution"]
     return [
         Shown(
             "feature_scores",
             "Scores of features",
-            f"{note} Active on no prompt, and without a score: {missing}.",
+            f"{note} At most {task_figures.MAX_DOTS} of each dictionary are drawn. "
+            f"Active on no prompt, and without a score: {missing}.",
             ["dictionary", "L0", "feature", *header],
             rows,
             Markup(
@@ -174,17 +176,23 @@ def show(record: dict[str, Any]) -> list[Shown]:
                     log_x=True,
                 )
             ),
+            legend=keyed([with_l0(one["name"], one["l0"]) for one in found]),
         ),
         Shown(
             "feature_scores_listed",
             "The lowest and highest scores",
-            "They say what goes with a feature, not what it causes: all features of a prompt share Δln p.",
+            "Of each dictionary, its lowest and its highest ones. They say what goes with a feature, not "
+            "what it causes: all features of a prompt share Δln p.",
             ["dictionary", "L0", "feature", *header],
             [
                 row
                 for one in found
                 for row in _ends([r for r in rows if r[0] == one["name"]], record["listed"])
             ],
+            table=Table(
+                ["dictionary", "L0", "feature", *header],
+                [row for one in found for row in _ends([r for r in rows if r[0] == one["name"]], few)],
+            ),
         ),
         *(_density(one, place) for place, one in enumerate(found)),
     ]
@@ -203,14 +211,16 @@ def _density(one: dict[str, Any], place: int) -> Shown:
     rows += [[low, high, n] for low, high, n in zip(edges, edges[1:], counts, strict=False)]
     return Shown(
         f"prompt_density_{one['name']}",
-        f"Features by how often they are active: {one['name']}",
-        f"Share of the prompts' tokens; L0 {one['l0']:.1f}. Features active on none stand apart.",
+        f"Feature density on prompts: {one['name']}",
+        f"Up: features; right: the share of the prompts' tokens that they are active on. "
+        f"{found['never_active']:,} are active on none and stand apart. L0 {one['l0']:.1f}",
         ["log10 from", "log10 to", "features"],
         rows,
         Markup(
             figures.density(
-                *(f"prompt-density-{one['name']}", f"Feature density of {one['name']}", place),
+                *(f"prompt-density-{one['name']}", f"Feature density of {one['name']}", figures.tone(place)),
                 *(edges, counts, found["never_active"]),
+                of="the prompts' tokens",
             )
         ),
     )

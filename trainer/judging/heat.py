@@ -1,5 +1,6 @@
 """Features in context as HTML: a card each, with text whose tokens are shaded by the activation."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from markupsafe import Markup
@@ -75,17 +76,29 @@ def _tokens(found: list[dict[str, Any]] | None) -> list[tuple[str, str]] | None:
 
 
 def _example(example: dict[str, Any], largest: float) -> dict[str, Any]:
-    spans = [
-        {
-            "text": visible(text),
-            "heat": f"{100 * min(1.0, (activation or 0.0) / largest):.0f}%",
-            "told": "no row" if activation is None else number(activation),
-            "kind": "at" if place == example["at"] else "absent" if activation is None else "t",
-        }
-        for place, (text, activation) in enumerate(zip(example["texts"], example["activations"], strict=True))
-    ]
     return {
         "activation": number(example["activation"]),
         "where": f"sequence {example['sequence']}, position {example['position']}",
-        "spans": spans,
+        "spans": list(_spans(example, largest)),
     }
+
+
+def _spans(example: dict[str, Any], largest: float) -> Iterator[dict[str, Any]]:
+    """Tokens with what they are shaded by; what the feature is not active on is plain text, in one piece."""
+    plain = ""
+    for place, (text, activation) in enumerate(zip(example["texts"], example["activations"], strict=True)):
+        kind = "at" if place == example["at"] else "absent" if activation is None else "t"
+        if kind == "t" and not activation:
+            plain += visible(text)
+            continue
+        if plain:
+            yield {"kind": "", "text": plain}
+            plain = ""
+        yield {
+            "text": visible(text),
+            "heat": f"{100 * min(1.0, (activation or 0.0) / largest):.0f}%",
+            "told": "no row" if activation is None else number(activation),
+            "kind": kind,
+        }
+    if plain:
+        yield {"kind": "", "text": plain}

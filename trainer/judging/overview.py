@@ -85,16 +85,25 @@ def show(record: dict[str, Any]) -> list[Shown]:
         Shown(
             "overview",
             "Every dictionary",
-            f"Over {record['predictions']:,} predicted tokens. CE, ΔCE and KL in nats per token; "
-            "Σ(x − x̂)² per row, in raw units of the activations",
+            f"What each costs the model, over {record['predictions']:,} predicted tokens. CE, ΔCE and KL in "
+            "nats per token; Σ(x − x̂)² per row, in raw units of the activations",
             ["Dictionary", "Hook point", *_COLUMNS.values()],
             [[name, _place(one), *(one[key] for key in _COLUMNS)] for name, one in judged.items()],
         ),
         *(
             _over_l0(judged, field, title, note)
             for field, title, note in (
-                ("ce_recovered", "CE recovered", "against sparsity; the dashed line is the model itself"),
-                ("explained_variance", "Explained variance", "against sparsity; the dashed line is perfect"),
+                (
+                    "ce_recovered",
+                    "CE recovered",
+                    "Higher is better, further left is sparser; dashed: the model itself. It compares "
+                    "dictionaries of one hook point",
+                ),
+                (
+                    "explained_variance",
+                    "Explained variance",
+                    "Higher is better, further left is sparser; dashed: a perfect reconstruction",
+                ),
             )
         ),
         Shown(
@@ -123,13 +132,15 @@ _CONTROLS = {
 def _over_l0(judged: dict[str, dict[str, Any]], field: str, title: str, note: str) -> Shown:
     known = [(name, one) for name, one in judged.items() if one[field] is not None and one["l0"]]
     points = [
-        (Series(name, i % figures.COLORS, 0, [(one["l0"], one[field])]), _place(one))
+        (Series(name, i % figures.COLORS, 0, [(one["l0"], one[field])]), name)
         for i, (name, one) in enumerate(known)
     ]
     told = "; ".join(f"{name}: {one[field]:.3g} at L0 {one['l0']:.3g}" for name, one in known)
     svg = figures.frontier(f"overview {field}", f"{title} against L0. {told}", points)
     rows: list[list[object]] = [[name, one["l0"], one[field]] for name, one in known]
-    return Shown(f"overview-{field}", title, note, ["Dictionary", "L0", title], rows, Markup(svg))
+    return Shown(
+        f"overview-{field}", f"{title} against L0", note, ["Dictionary", "L0", title], rows, Markup(svg)
+    )
 
 
 def _place(one: dict[str, Any]) -> str:

@@ -2,29 +2,30 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from penstock.trainer.figures import sampled
 from penstock.trainer.judging.experiments import Experiment
-from penstock.trainer.judging.shown import Shown
+from penstock.trainer.judging.headings import heading
+from penstock.trainer.judging.shown import AT_ONCE, Shown, Table
 from penstock.trainer.page import Card, count, finite, number, or_dash, render
 
 TABLE_ROWS = 60
-"""At most, in the data under a figure and in tables; the CSV has all."""
-FOLDED_ROWS = 16
-"""Tables with more rows are folded up."""
+"""At most, in tables; the CSV has all."""
+FIGURE_ROWS = 20
+"""At most, in the data under a figure."""
+_WRITTEN = re.compile(r"[−—]?[\d.]* (±|[^\w\s])")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A figure or table as the page shows it, and how many of its rows there are."""
+    """A figure or table as the page shows it, and how many rows the page's table could have."""
 
     card: Card
-    file: str
     rows: int
-    numeric: list[bool]
     wide: bool
     folded: bool
 
@@ -75,27 +76,41 @@ def cell(value: object) -> str:
         return or_dash(value)
     if isinstance(value, int):
         # a number that names something is no quantity, but both read well up to four digits
-        return count(value) if abs(value) >= 10_000 else str(value)
+        return count(value) if abs(value) >= 10_000 else str(value).replace("-", "\N{MINUS SIGN}")
     return "0" if value == 0 else number(value)
 
 
 def _part(shown: Shown) -> Part:
     drawn = str(shown.svg).lstrip()
-    rows = [[cell(value) for value in row] for row in sampled(shown.rows, TABLE_ROWS)]
-    numeric = [_is_numeric([row[i] for row in shown.rows]) for i in range(len(shown.columns))]
+    columns, rows = (shown.columns, shown.rows) if shown.table is None else _both(shown.table)
+    some = sampled(rows, FIGURE_ROWS if drawn else TABLE_ROWS)
+    cells = [[cell(value) for value in row] for row in some]
+    numeric = [_is_numeric([row[i] for row in rows]) for i in range(len(columns))]
+    file = file_name(shown.name)
+    told = f"{count(len(some))} of {count(len(rows))} rows" if len(some) < len(rows) else ""
+    source = f"{told}; all in {file}" if told else f"All in {file}"
+    headings = [heading(column) for column in columns]
     return Part(
-        Card(shown.title, shown.note, shown.svg, shown.columns, rows),
-        file_name(shown.name),
-        len(shown.rows),
-        numeric,
+        Card(shown.title, shown.note, shown.svg, headings, cells, shown.legend, numeric, source),
+        len(rows),
         # a plain table, or anything but one drawing, takes the whole width
         wide=not drawn.startswith("<svg"),
-        folded=not drawn and len(shown.rows) > FOLDED_ROWS,
+        folded=not drawn and (shown.folded or len(rows) > AT_ONCE),
     )
 
 
+def _both(table: Table) -> tuple[list[str], list[list[object]]]:
+    return table.columns, table.rows
+
+
 def _is_numeric(values: Sequence[object]) -> bool:
-    return all(value is None or finite(value) is not None for value in values)
+    """Numbers, written ones among them; they stand to the right."""
+    return all(
+        value is None
+        or finite(value) is not None
+        or (isinstance(value, str) and _WRITTEN.match(value) is not None)
+        for value in values
+    )
 
 
 def _tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:

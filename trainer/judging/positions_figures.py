@@ -7,23 +7,49 @@ from typing import Any
 from markupsafe import Markup
 
 from penstock.trainer import figures
-from penstock.trainer.judging.drawing import BAND, PER_FIGURE, Line, by_position
-from penstock.trainer.judging.shown import Shown
+from penstock.trainer.judging.drawing import Line, by_position, in_common, shared_out
+from penstock.trainer.judging.positions_tables import (
+    band,
+    beyond,
+    controls,
+    errors,
+    mean_of,
+    overall,
+    place,
+    told_value,
+)
+from penstock.trainer.judging.shown import Shown, Table, with_l0
 
 METRICS = (
-    ("l0", "L0", "Active features per row"),
-    ("l1", "L1", "Sum of feature activations per row"),
-    ("squared_error", "Squared error", "Σ_d (x − x̂)² per row, in the units of the activations"),
-    ("norm", "Norm", "‖x‖ of the clean activations that are replaced"),
+    ("l0", "L0", "Active features per row. Flat where a dictionary treats all positions alike"),
+    ("l1", "L1", "Sum of feature activations per row. Flat where a dictionary treats all positions alike"),
+    (
+        "squared_error",
+        "Squared error",
+        "Σ(x − x̂)² per row, in raw units of the activations. It rises with their size: read it beside ‖x‖",
+    ),
+    ("norm", "Norm", "‖x‖ of the clean activations that are replaced: the same for all of a hook point"),
     (
         "explained_variance",
         "Explained variance",
-        "1 is perfect; variance is that around the mean of all rows",
+        "1 is perfect, 0 is what the mean of all rows gives at every position",
     ),
-    ("delta_ce", "ΔCE", "Cross-entropy with the dictionary in place minus that without, nats per token"),
-    ("kl", "KL", "KL(clean ‖ spliced) of next-token distributions, nats"),
-    ("ce_recovered_zero", "CE recovered, zeros", "1 is the model itself, 0 is zeros for the activations"),
-    ("ce_recovered_mean", "CE recovered, mean", "1 is the model itself, 0 is the mean for the activations"),
+    (
+        "delta_ce",
+        "ΔCE",
+        "Cross-entropy in nats that the dictionary costs here: 0 is nothing, and it can be negative",
+    ),
+    ("kl", "KL", "KL(clean ‖ spliced) in nats: how much predictions change here, for better or worse"),
+    (
+        "ce_recovered_zero",
+        "CE recovered, zeros",
+        "1 is the model itself, 0 is zeros in place of the activations",
+    ),
+    (
+        "ce_recovered_mean",
+        "CE recovered, mean",
+        "1 is the model itself, 0 is their mean in place of the activations",
+    ),
 )
 VIEWS = {
     "explained_variance": (-0.5, 1.0),
@@ -31,88 +57,69 @@ VIEWS = {
     "ce_recovered_mean": (-0.5, 1.5),
 }
 """Beyond these, metrics are not drawn: a denominator near 0 at some position would flatten all the others."""
-COMPARED = ("l0", "l1", "squared_error", "norm", "unexplained", "delta_ce", "kl")
-EXPLODES = 2.0
-"""Beyond the trained context, times what it is within, from which on a metric is said to explode."""
 
 
 def show(record: dict[str, Any]) -> list[Shown]:
     """Figures overall, by position, within the trained context and beyond it; densities and controls."""
     return [
-        _overall(record),
-        _errors(record),
+        overall(record),
+        errors(record),
+        *beyond(record),
         *(shown for metric in METRICS for shown in _by_position(record, *metric)),
         _model_alone(record),
-        *beyond(record),
         *(_density(record, one) for one in record["dictionaries"] if _counted(one)),
-        _controls(record),
+        controls(record),
     ]
-
-
-def _overall(record: dict[str, Any]) -> Shown:
-    """Every dictionary with the ablations of its place."""
-    names = ("l0", "l1", "squared_error", "norm", "explained_variance")
-    losses = ("ce", "delta_ce", "kl", "ce_recovered_zero", "ce_recovered_mean")
-    columns = [
-        *("dictionary", "hook point", *names, "ce_clean", *losses),
-        *("ce_zero", "ce_mean", "kl_zero", "kl_mean"),
-    ]
-    clean = record["ce_clean"]["overall"]["mean"]
-    rows: list[list[object]] = []
-    for one in record["dictionaries"]:
-        sites = record["sites"][one["hook_out"]]
-        rows.append(
-            [
-                *(one["name"], place(one), *(_mean(one["metrics"], name) for name in names), clean),
-                *(_mean(one["metrics"], name) for name in losses),
-                *(_mean(sites[arm], metric) for metric in ("ce", "kl") for arm in ("zero", "mean")),
-            ]
-        )
-    note = (
-        f"{record['sequences']} sequences of {record['context']} tokens, {sum(record['rows'])} rows that are "
-        "not special tokens. Quantities of dictionaries are of the clean stream; μ of the mean ablation is "
-        "taken over all rows of the same text."
-    )
-    return Shown("positions-overall", "Over all positions", note, columns, rows)
-
-
-def _errors(record: dict[str, Any]) -> Shown:
-    columns = ["dictionary", "hook point", "l0", "metric", "mean", "standard error"]
-    rows: list[list[object]] = [
-        [one["name"], place(one), one["l0"], name, *found["overall"].values()]
-        for one in record["dictionaries"]
-        for name, found in one["metrics"].items()
-    ]
-    note = "Standard errors over sequences, whose positions are not independent of each other"
-    return Shown("positions-errors", "How sure the overall figures are", note, columns, rows)
 
 
 def _by_position(record: dict[str, Any], metric: str, title: str, note: str) -> Iterator[Shown]:
     """One figure, or several where there are more dictionaries than colours."""
     dictionaries = record["dictionaries"]
-    for number, first in enumerate(range(0, len(dictionaries), PER_FIGURE)):
-        some = dictionaries[first : first + PER_FIGURE]
+    names = [one["name"] for one in dictionaries]
+    shares = shared_out(names, [place(one) for one in dictionaries])
+    for turn, share in enumerate(shares, start=1):
+        some = [dictionaries[i] for i, _ in share]
         found = [(one, one["metrics"][metric]["by_position"]) for one in some]
-        end = f"-{number + 1}" if len(dictionaries) > PER_FIGURE else ""
-        lines = [Line(one["name"], values["mean"], values["error"]) for one, values in found]
-        told = "; ".join(f"{one['name']}: {_told(_mean(one['metrics'], metric))}" for one in some)
+        end, which = "", ""
+        if len(shares) > 1:
+            end = f"-{turn}"
+            which = f", {in_common([one['name'] for one in some]) or f'{turn} of {len(shares)}'}"
+        lines = [
+            Line(one["name"], values["mean"], values["error"], color)
+            for (one, values), (_, color) in zip(found, share, strict=True)
+        ]
+        told = "; ".join(f"{one['name']}: {told_value(mean_of(one['metrics'], metric))}" for one in some)
         svg = _drawn(
             record, f"positions {metric}{end}", f"{title} by position. Overall {told}", lines, metric
         )
         rows: list[list[object]] = [
-            [one["name"], place(one), one["l0"], position, *_band(mean, error)]
+            [one["name"], place(one), one["l0"], position, *band(mean, error)]
             for one, values in found
             for position, (mean, error) in enumerate(zip(values["mean"], values["error"], strict=True))
         ]
         columns = ["dictionary", "hook point", "l0", "position", "mean", "standard error", "low", "high"]
+        labels = [with_l0(one["name"], one["l0"]) for one in some]
         yield Shown(
             f"positions-{metric}{end}",
-            f"{title} by position",
+            f"{title} by position{which}",
             f"{note}. {_marked(record)}{_cut(metric)}",
             columns,
             rows,
             svg,
+            _some_positions(record, labels, [values["mean"] for _, values in found]),
+            tuple((label, f"--s{color}", "") for label, (_, color) in zip(labels, share, strict=True)),
         )
+
+
+def _some_positions(record: dict[str, Any], labels: list[str], means: list[list[float | None]]) -> Table:
+    """Values at the ends of what was trained on and of what was not, and in between."""
+    trained, context = record["trained_context"], record["context"]
+    last = context - 1
+    while last and all(values[last] is None for values in means):
+        last -= 1
+    ends = {1, trained - 1, trained, last}
+    chosen = sorted(p for p in ends | set(range(0, context, max(1, context // 8))) if 0 < p <= last)
+    return Table(["position", *labels], [[p, *(values[p] for values in means)] for p in chosen])
 
 
 def _model_alone(record: dict[str, Any]) -> Shown:
@@ -120,53 +127,18 @@ def _model_alone(record: dict[str, Any]) -> Shown:
     values = record["ce_clean"]["by_position"]
     line = Line("clean", values["mean"], values["error"])
     mean = record["ce_clean"]["overall"]["mean"]
-    svg = _drawn(record, "positions clean", f"Clean cross-entropy by position. Overall {_told(mean)}", [line])
-    pairs = enumerate(zip(values["mean"], values["error"], strict=True))
-    rows: list[list[object]] = [[position, *_band(*pair)] for position, pair in pairs]
-    columns = ["position", "mean", "standard error", "low", "high"]
-    note = f"Cross-entropy of the model with nothing replaced, nats per token. {_marked(record)}"
-    return Shown("positions-clean", "The model alone by position", note, columns, rows, svg)
-
-
-def beyond(record: dict[str, Any]) -> Iterator[Shown]:
-    """Each metric beyond the trained context against that within; nothing where the text ends with it."""
-    if record["trained_context"] >= record["context"]:
-        return
-    rows: list[list[object]] = [["the model alone", "", None, "ce", *_compared(record["ce_clean"], "mean")]]
-    exploded: list[str] = []
-    for one in record["dictionaries"]:
-        for name in COMPARED:
-            found = one["metrics"]["explained_variance" if name == "unexplained" else name]
-            values = _compared(found, name)
-            rows.append([one["name"], place(one), one["l0"], name, *values])
-            if values[-1] == "explodes":
-                exploded.append(f"{name} of {one['name']}")
-    said = f"What explodes: {', '.join(exploded)}." if exploded else "Nothing explodes."
-    note = (
-        f"Positions {record['trained_context']} to {record['context'] - 1} against those below, with 95 % "
-        f"bands of the ratio. A metric explodes if all of its band is above {EXPLODES:g}. {said}"
+    svg = _drawn(
+        record, "positions clean", f"Clean cross-entropy by position. Overall {told_value(mean)}", [line]
     )
-    columns = [
-        *("dictionary", "hook point", "l0", "metric", "within", "beyond"),
-        *("beyond / within", "low", "high", "reads as"),
-    ]
-    yield Shown("positions-beyond", "Beyond the trained context", note, columns, rows)
-
-
-def _compared(found: dict[str, Any], metric: str) -> list[object]:
-    """Within, beyond, their ratio with its band, and what that says."""
-    flip = metric == "unexplained"
-    means = [found[part]["mean"] for part in ("within", "beyond")]
-    ratio = found["unexplained_beyond_over_within" if flip else "beyond_over_within"]
-    mean, _, low, high = _band(ratio["mean"], ratio["error"])
-    if low is None or high is None or min(value or 0.0 for value in means) < 0:
-        says = "not said"  # of a ratio of what changes its sign, nothing can be said
-    elif low > EXPLODES:
-        says = "explodes"
-    else:
-        says = "grows" if low > 1 else "falls" if high < 1 else "no difference"
-    flipped = [None if value is None else 1 - value for value in means] if flip else means
-    return [*flipped, mean, low, high, says]
+    pairs = enumerate(zip(values["mean"], values["error"], strict=True))
+    rows: list[list[object]] = [[position, *band(*pair)] for position, pair in pairs]
+    columns = ["position", "mean", "standard error", "low", "high"]
+    note = (
+        "Cross-entropy in nats with nothing replaced: what it does beyond the trained context, no dictionary "
+        f"is to blame for. {_marked(record)}"
+    )
+    table = _some_positions(record, ["CE clean, nats"], [values["mean"]])
+    return Shown("positions-clean", "The model alone by position", note, columns, rows, svg, table)
 
 
 def _density(record: dict[str, Any], one: dict[str, Any]) -> Shown:
@@ -174,37 +146,16 @@ def _density(record: dict[str, Any], one: dict[str, Any]) -> Shown:
     edges, counts, never = found["log10_edges"], found["counts"], found["never_active"]
     name, total = one["name"], sum(counts) + never
     alt = f"Histogram of how often the features of {name} are active: {never} of {total} never"
-    color = record["dictionaries"].index(one) % figures.COLORS
+    color = figures.tone(record["dictionaries"].index(one))
     svg = Markup(figures.density(f"judged density {name}", alt, color, edges, counts, never))
     rows: list[list[object]] = [["never", "never", never]]
     rows += [[low, high, count] for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)]
-    note = f"{place(one)}: {total} features, {never} never active, L0 {_told(one['l0'])}"
-    columns = ["log10 share of rows, from", "to", "features"]
-    return Shown(f"density-{name}", f"Densities of {name}", note, columns, rows, svg)
-
-
-def _controls(record: dict[str, Any]) -> Shown:
-    rows: list[list[object]] = [
-        [hook, control, metric, max((value for value in values if value is not None), default=None)]
-        for hook, controls in record["controls"].items()
-        for control in ("identity", "zero_against_ablation")
-        for metric, values in controls[control].items()
-    ]
     note = (
-        "Largest size at any position of the first batch. An identity changes nothing; a dictionary of zeros "
-        "does what replacing the activations by zeros does: 0 but for rounding"
+        f"Up: features; right: the share of rows that they are active on. {never:,} of {total:,} are active "
+        f"on none and stand apart. {place(one)}, L0 {one['l0']:.1f}"
     )
-    columns = ["hook point", "control", "metric", "largest difference"]
-    return Shown("positions-controls", "Controls", note, columns, rows)
-
-
-def place(one: dict[str, Any]) -> str:
-    """Where a dictionary stands, by its record."""
-    return (
-        str(one["hook_out"])
-        if one["hook_name"] == one["hook_out"]
-        else f"{one['hook_name']} → {one['hook_out']}"
-    )
+    columns = ["log10 share of rows, from", "to", "features"]
+    return Shown(f"density-{name}", f"Feature density: {name}", note, columns, rows, svg)
 
 
 def _counted(one: dict[str, Any]) -> bool:
@@ -221,27 +172,11 @@ def _cut(metric: str) -> str:
         return ""
     low, high = VIEWS[metric]
     view = f"{low:g} to {high:g}".replace("-", "\N{MINUS SIGN}")
-    return f". The view is {view}; positions with a wider band than that are left out of the figure"
+    return f". The view is {view}; positions with a wider band are left out"
 
 
 def _marked(record: dict[str, Any]) -> str:
     trained, context = record["trained_context"], record["context"]
     if trained >= context:
         return "All positions are within the trained context. Bands are 95 %"
-    return f"The dashed line is where training ended, at {trained} positions. Bands are 95 %"
-
-
-def _band(mean: float | None, error: float | None) -> list[float | None]:
-    """Mean, standard error and 95 % band."""
-    if mean is None or error is None:
-        return [mean, error, None, None]
-    return [mean, error, mean - BAND * error, mean + BAND * error]
-
-
-def _mean(metrics: dict[str, Any], name: str) -> float | None:
-    found: float | None = metrics[name]["overall"]["mean"]
-    return found
-
-
-def _told(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
+    return f"Dashed: where training ended, at {trained} positions; bands are 95 %"

@@ -4,13 +4,26 @@ from string import ascii_lowercase
 from typing import Any
 
 from penstock.trainer.judging.drawing import BAND, matrix
-from penstock.trainer.judging.shown import Shown
+from penstock.trainer.judging.shown import Shown, with_l0
 
 QUANTITIES = (
-    ("stream_error", "Error of the stream", "Σ‖x_spliced − x_clean‖² / Σ‖x_clean‖² of what is read there"),
-    ("squared_error", "Squared error", "Of the measured dictionary, spliced over clean"),
-    ("l0", "L0", "Of the measured dictionary, spliced over clean"),
-    ("norm", "Norm", "Of what the measured dictionary reads, spliced over clean"),
+    (
+        "stream_error",
+        "Error of the stream",
+        "Σ‖x_spliced − x_clean‖² / Σ‖x_clean‖² of what the measured dictionary reads: 0 without any error, "
+        "and growing to the right where layers amplify it",
+    ),
+    (
+        "squared_error",
+        "Squared error",
+        "Of the measured dictionary, spliced over clean: above 1 it meets activations unlike those it knows",
+    ),
+    ("l0", "L0", "Of the measured dictionary, spliced over clean: 1 where as many features are active"),
+    (
+        "norm",
+        "Norm",
+        "‖x‖ that the measured dictionary reads, spliced over clean: 1 where nothing changes it",
+    ),
 )
 
 
@@ -42,7 +55,7 @@ def _matrix(record: dict[str, Any], quantity: str, title: str, note: str) -> Sho
         if (value := cell["relative"][quantity]["mean"]) is not None
     )
     key = ", ".join(
-        f"{label} is {one['name']} ({one['hook_name']}, L0 {one['l0']:.3g})"
+        f"{label} is {with_l0(one['name'], one['l0'])}"
         for label, one in zip(labels, dictionaries, strict=True)
     )
     svg = matrix(
@@ -64,7 +77,7 @@ def _controls(record: dict[str, Any]) -> Shown:
         "Largest relative squared error of any row of the first batch behind an identity: 0 but for rounding"
     )
     return Shown(
-        "propagation-controls", "Control of the propagation", note, ["hook point", "stream error"], rows
+        "propagation-controls", "Control of the error propagation", note, ["hook point", "stream error"], rows
     )
 
 

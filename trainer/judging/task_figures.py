@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penstock.trainer.figures import GRID, INK, MUTED, compact, draw, log_view, sampled, series_color
+from penstock.trainer.figures import (
+    GRID,
+    INK,
+    MUTED,
+    compact,
+    dots,
+    draw,
+    log_view,
+    sampled,
+    series_color,
+    tone,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +29,7 @@ Values = Sequence[float | None]
 Group = tuple[str, str, Sequence[tuple[float, float]]]
 """Name, colour and points (x, y)."""
 
-MAX_DOTS = 300
+MAX_DOTS = 200
 """Dots of a group that are drawn; its data hold all of them."""
 MAX_LINES = 160
 LABEL_CHARACTERS = 12
@@ -41,20 +52,19 @@ def strips(
 
     def paint(ax: "Axes") -> None:
         ax.axhline(0.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-        for label, color, values in groups:
-            dots = [
+        for _, color, values in groups:
+            places = [
                 (x + 0.7 * ((i * _GOLDEN) % 1 - 0.5), v)
                 for x in range(len(names))
                 for i, v in enumerate(sampled([v for v in values[x] if v is not None], MAX_DOTS))
             ]
-            xs, ys = zip(*dots, strict=True) if dots else ((), ())
-            ax.plot(xs, ys, "o", markersize=2.2, color=color, alpha=0.6, markeredgewidth=0, label=label)
+            dots(ax, places, color, 2.2)
         for x, column in enumerate(columns):
             if column:
                 middle = float(np.median(column))
                 ax.plot([x - 0.38, x + 0.38], [middle, middle], color=INK, linewidth=1.6)
         _columns(ax, names)
-        _legend(ax, [label for label, _, _ in groups], min(every), max(every))
+        _view(ax, min(every), max(every))
 
     return draw(salt, alt, paint)
 
@@ -79,11 +89,11 @@ def parallel(
         for _, color, lines in groups:
             for line in sampled(lines, share):
                 ax.plot(range(len(names)), line, color=color, linewidth=0.5, alpha=0.25)
-        for label, color, lines in groups:
+        for _, color, lines in groups:
             if lines:
-                ax.plot(range(len(names)), np.median(lines, axis=0), color=color, linewidth=1.8, label=label)
+                ax.plot(range(len(names)), np.median(lines, axis=0), color=color, linewidth=1.8)
         _columns(ax, names)
-        _legend(ax, [label for label, _, _ in groups], min(every), max(every))
+        _view(ax, min(every), max(every))
 
     return draw(salt, alt, paint)
 
@@ -96,8 +106,8 @@ def scatter(
     Args:
         axes: what x and y are.
     """
-    shown = [(n, c, [p for p in points if p[0] > 0 or not log_x]) for n, c, points in groups]
-    every = [point for _, _, points in shown for point in points]
+    shown = [(c, [p for p in points if p[0] > 0 or not log_x]) for _, c, points in groups]
+    every = [point for _, points in shown for point in points]
     if not every:
         return ""
 
@@ -105,13 +115,16 @@ def scatter(
         ax.axhline(0.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         if log_x:
             ax.set_xscale("log")
-        for label, color, points in shown:
-            xs, ys = zip(*sampled(points, MAX_DOTS), strict=True) if points else ((), ())
-            ax.plot(xs, ys, "o", markersize=2.4, color=color, alpha=0.6, markeredgewidth=0, label=label)
+        for color, points in shown:
+            dots(ax, sampled(points, MAX_DOTS), color, 2.4)
+        low, high = min(x for x, _ in every), max(x for x, _ in every)
         if log_x:
-            log_view(ax.xaxis, min(x for x, _ in every), max(x for x, _ in every))
+            log_view(ax.xaxis, low, high)
+        else:
+            margin = 0.04 * (high - low) or 1.0
+            ax.set_xlim(low - margin, high + margin)
         ax.set_xlabel(axes[0])
-        _legend(ax, [name for name, _, _ in shown], min(y for _, y in every), max(y for _, y in every))
+        _view(ax, min(y for _, y in every), max(y for _, y in every))
 
     return draw(salt, alt, paint)
 
@@ -126,14 +139,16 @@ def levels(
     def paint(ax: "Axes") -> None:
         ax.axhline(level, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
         ax.annotate(label, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=INK)
+        shares = [value for value in values if value is not None]
         for x, (value, error) in enumerate(zip(values, spread, strict=True)):
             if value is not None:
                 ax.plot([x, x], [value - (error or 0), value + (error or 0)], color=MUTED, linewidth=1.2)
                 ax.plot(x, value, "o", color=series_color(0), markersize=5.5)
+                under: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top"}
                 ax.annotate(
-                    compact(round(value, 3)), (x + 0.09, value), va="center", color=MUTED, fontsize=SMALL
+                    f"{value:.2f}", (x, value - (error or 0)), (0, -4), color=MUTED, fontsize=SMALL, **under
                 )
-        ax.set_ylim(0, 1.02)
+        ax.set_ylim(0, min(1.02, 1.25 * max(level, *shares)))
         _columns(ax, names)
 
     return draw(salt, alt, paint)
@@ -153,8 +168,8 @@ def stacks(
 
     def paint(ax: "Axes") -> None:
         bottoms = [0.0] * len(names)
-        for label, color, sizes in groups:
-            bars: dict[str, Any] = {"width": 0.62, "alpha": 0.75, "linewidth": 0, "label": label}
+        for _, color, sizes in groups:
+            bars: dict[str, Any] = {"width": 0.62, "alpha": 0.75, "linewidth": 0}
             ax.bar(range(len(names)), sizes, bottom=bottoms, color=color, **bars)
             for x, size in enumerate(sizes):
                 if size > 0.045 * tallest:
@@ -162,32 +177,50 @@ def stacks(
                     ax.text(x, middle, compact(size), ha="center", va="center", color=INK, fontsize=SMALL)
             bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
         _columns(ax, names)
-        _legend(ax, [label for label, _, _ in groups], 0.0, tallest)
+        ax.set_ylim(0, 1.03 * tallest)
 
     return draw(salt, alt, paint)
 
 
-def bars(salt: str, alt: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], axis: str) -> str:
-    """Horizontal bars with names, those of a group in one colour."""
-    every = [(name, value, series_color(i)) for i, (_, found) in enumerate(groups) for name, value in found]
-    if not every:
+def effects(salt: str, alt: str, columns: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
+    """A dot per feature in a column per dictionary, linear around 0 and logarithmic farther off.
+
+    Args:
+        columns: name, and (feature, effect) in order; the numbers of the first and the last are written.
+    """
+    every = [abs(value) for _, found in columns for _, value in found]
+    if not any(every):
         return ""
+    near = 10.0 ** (math.floor(math.log10(max(every))) - 2)
 
     def paint(ax: "Axes") -> None:
-        ax.axvline(0.0, color=MUTED, linewidth=0.8)
-        places = range(len(every), 0, -1)
-        ax.barh(places, [v for _, v, _ in every], 0.7, color=[c for _, _, c in every], linewidth=0)
-        reach = max(abs(v) for _, v, _ in every) or 1.0
-        for place, (name, value, _) in zip(places, every, strict=True):
-            side = "left" if value >= 0 else "right"
-            at = value + math.copysign(0.015 * reach, value)
-            ax.text(at, place, name, ha=side, va="center", color=INK, fontsize=min(SMALL, 150 / len(every)))
-        ax.set_yticks([])
-        ax.grid(visible=False)
-        ax.set_xlim(-1.35 * reach, 1.35 * reach)
-        ax.set_xlabel(axis)
+        ax.set_yscale("symlog", linthresh=near, linscale=0.5)
+        ax.axhline(0.0, color=MUTED, linewidth=0.8)
+        for x, (_, found) in enumerate(columns):
+            some = sampled(found, MAX_DOTS)
+            places = [(x + 0.5 * ((i * _GOLDEN) % 1 - 0.5), v) for i, (_, v) in enumerate(some)]
+            dots(ax, places, tone(x), 4.0)
+            for (feature, value), at in zip(found[:1], places[:1], strict=True):
+                _number(ax, feature, (at[0], value), 4, tone(x))
+            for (feature, value), at in zip(found[1:][-1:], places[1:][-1:], strict=True):
+                _number(ax, feature, (at[0], value), -4, tone(x))
+        _columns(ax, [name for name, _ in columns])
+        top = max(0.0, *(value for _, found in columns for _, value in found))
+        low = min(0.0, *(value for _, found in columns for _, value in found))
+        ax.set_ylim(min(2.2 * low, low - near), max(2.2 * top, top + near))
+        ticks = [near * factor for factor in (1, 10, 100)]
+        ax.set_yticks([-t for t in reversed(ticks)] + [0.0, *ticks])
+        ax.yaxis.set_major_formatter(lambda value, _: compact(value))
+        ax.set_yticks([], minor=True)
+        ax.set_ylim(min(2.2 * low, low - near), max(2.2 * top, top + near))
 
     return draw(salt, alt, paint)
+
+
+def _number(ax: "Axes", feature: int, at: tuple[float, float], up: int, color: str) -> None:
+    side = "bottom" if up > 0 else "top"
+    text: dict[str, Any] = {"ha": "center", "va": side, "fontsize": SMALL, "color": color}
+    ax.annotate(str(feature), at, (0, up), textcoords="offset points", **text)
 
 
 def _columns(ax: "Axes", names: Sequence[str]) -> None:
@@ -204,23 +237,6 @@ def _columns(ax: "Axes", names: Sequence[str]) -> None:
     ax.grid(visible=True, axis="y", color=GRID)
 
 
-def _legend(ax: "Axes", names: Sequence[str], low: float, high: float) -> None:
-    """Names in their colours above everything from low to high."""
-    across = min(len(names), 4)
-    rows = math.ceil(len(names) / across) if names else 0
+def _view(ax: "Axes", low: float, high: float) -> None:
     room = (high - low) or 1.0
-    ax.set_ylim(low - 0.05 * room, high + (0.06 + 0.085 * rows) * room)
-    if names:
-        legend = ax.legend(
-            loc="upper center",
-            ncol=across,
-            fontsize=SMALL,
-            frameon=False,
-            labelcolor="linecolor",
-            handlelength=0.8,
-            columnspacing=1.2,
-            borderaxespad=0.0,
-        )
-        for handle in legend.legend_handles:
-            if handle is not None:
-                handle.set_alpha(1.0)
+    ax.set_ylim(low - 0.05 * room, high + 0.06 * room)

@@ -8,9 +8,11 @@ from penstock.trainer.figures import (
     BOTTOM,
     COLORS,
     GRID,
+    HEIGHT,
     LEFT,
     MUTED,
     RIGHT,
+    TOP,
     WIDTH,
     compact,
     draw,
@@ -61,7 +63,8 @@ def heatmap(
         from matplotlib.patches import Rectangle
 
         colours = colormaps["viridis"]
-        size = max(4.0, min(9.0, (WIDTH - LEFT - RIGHT) / len(columns) / 2.9))
+        across, up = (WIDTH - LEFT - RIGHT) / len(columns), (HEIGHT - TOP - BOTTOM) / len(rows)
+        size = max(4.0, min(13.0, across / 2.9, 0.6 * up))
         for y, line in enumerate(scaled):
             for x, place in enumerate(line):
                 value = cells[y][x]
@@ -74,7 +77,7 @@ def heatmap(
         ax.grid(visible=False)
         ax.set_xlim(-0.5, len(columns) - 0.5)
         ax.set_ylim(-0.5, len(rows) - 0.5)
-        ax.set_xticks(range(len(columns)), columns, fontsize=min(10.0, size + 1.5))
+        ax.set_xticks(range(len(columns)), columns, fontsize=min(11.0, size + 1.5))
         ax.set_yticks(range(len(rows)), rows)
         ax.tick_params(length=0)
         ax.set_xlabel(axes[0])
@@ -124,7 +127,7 @@ def brief(value: float) -> str:
     size = abs(value)
     if size >= 1000:
         return compact(float(f"{value:.2g}"))
-    text = f"{value:.0f}" if size >= 100 else f"{value:.2g}" if size >= 1 or size < 0.005 else f"{value:.2f}"
+    text = f"{value:.0f}" if size >= 99.5 else f"{value:.2g}" if size >= 1 or size < 0.005 else f"{value:.2f}"
     text = text.replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
     return text.replace("0.", ".", 1) if 0 < size < 1 else text
 

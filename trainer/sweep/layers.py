@@ -17,11 +17,11 @@ Group = tuple[str, str, Sequence[Card], Sequence[str]]
 
 ALIKE = 3
 """Hook points with the same grid from which on the page goes by method instead of by hook point."""
-BY_PENALTY = (
-    "By penalty and size; the mean where several seeds were trained. α is the penalty of a loss that divides "
-    "the reconstruction error by the width of rows and the L1 by the number of features; λ is what was "
-    "trained with."
-)
+MEANING = {
+    "alpha": " α is the penalty of a loss that divides the reconstruction error by the width of rows and the "
+    "L1 by the number of features.",
+    "l1_coefficient": " λ is the penalty that was trained with.",
+}
 METHODS = {
     "dead_features": "Method 1: ",
     "dead_minibatches": "Method 1: ",
@@ -31,6 +31,11 @@ METHODS = {
     "mmcs_with_larger": "Method 3: ",
 }
 """Figures of the report's methods; they come first."""
+
+
+def by_penalty(penalty: str | None) -> str:
+    """What the axes of heatmaps are."""
+    return f"By penalty and size; the mean where several seeds were trained.{MEANING.get(penalty or '', '')}"
 
 
 def across_hooks(families: Sequence[Family]) -> list[list[Family]]:
@@ -53,9 +58,11 @@ def by_method(alike: Sequence[Family], written: dict[str, str]) -> list[Group]:
         field, what, note, _ = which
         among = _values(alike, field)
         cards = [heatmap_card(family, which, family.hook_name, written, among) for family in alike]
-        panels = [card for card in cards if card is not None]
+        # what a figure says stands above all of its panels
+        panels = [replace(card, note="") for card in cards if card is not None]
         if panels:
-            said = f"{note}. A panel for each hook point, with the same colours in all of them. {BY_PENALTY}"
+            axes = by_penalty(alike[0].penalty)
+            said = f"{note}. A panel for each hook point, with the same colours in all of them. {axes}"
             groups.append((f"{METHODS.get(field, '')}{what}, {kind}", said, panels, []))
     return groups[: _after_method_2(groups)] + _sticky(alike, written) + groups[_after_method_2(groups) :]
 

@@ -12,11 +12,11 @@ from penstock.trainer.figures import COLORS
 from penstock.trainer.page import Card, count, number, percent, render
 from penstock.trainer.sweep import figures
 from penstock.trainer.sweep.cards import basins, heatmap_cards, loss_cards
-from penstock.trainer.sweep.layers import BY_PENALTY, Group, across_hooks, by_method
+from penstock.trainer.sweep.layers import Group, across_hooks, by_method, by_penalty
 from penstock.trainer.sweep.measure import Record
 from penstock.trainer.sweep.tables import all_fields, families, penalty_value, write_csv
 
-DENSITIES = 12
+DENSITIES = 18
 """Density histograms shown; the CSV has all."""
 TABLE = (
     ("mmcs", "MMCS"),
@@ -29,6 +29,8 @@ TABLE = (
     ("reconstruction_loss", "Loss, train"),
     ("held_out_loss", "Loss, held out"),
 )
+
+COUNTS = ("duplicates", "dead_features")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def render_sweep(
             continue
         (family,) = alike
         cards = [*heatmap_cards(family, written), *loss_cards(family, written)]
-        groups.append((family.title, BY_PENALTY, cards, basins(family)))
+        groups.append((family.title, by_penalty(family.penalty), cards, basins(family)))
     html = render(
         "sweep.html",
         about=about,
@@ -122,7 +124,16 @@ def _frontiers(records: Sequence[Record], written: dict[str, str]) -> list[Card]
             for l0, variance in points
         ]
         header = ("Kind and size", "L0", "Explained variance")
-        cards.append(Card(hook, "Up and to the left is better", Markup(svg), header, rows, legend))
+        cards.append(
+            Card(
+                hook,
+                "Explained variance over L0, a dot per penalty: up and to the left is better",
+                Markup(svg),
+                header,
+                rows,
+                legend,
+            )
+        )
     return cards
 
 
@@ -147,8 +158,9 @@ def _densities(
         histogram = densities[f"{record['run']}/{record['name']}"]
         edges, counts, never = (histogram[k] for k in ("log10_edges", "counts", "never_active"))
         told = f"Histogram of how often the features of {record['name']} are active; {never} never are"
-        svg = base.density(f"density {number_}", told, number_ % COLORS, edges, counts, never)
-        note = f"{count(record['d_sae'])} features, {count(never)} never active"
+        svg = base.density(f"density {number_}", told, base.series_color(number_), edges, counts, never)
+        l0 = record["l0"] if record["held_out_l0"] is None else record["held_out_l0"]
+        note = f"{count(record['d_sae'])} features, {count(never)} never active; L0 {number(l0)}"
         rows = [
             ["never", count(never)],
             *([f"{10**e:.2g}", count(n)] for e, n in zip(edges, counts, strict=False)),
@@ -172,4 +184,5 @@ def _best_of_each_size(records: Sequence[Record]) -> list[Record]:
 
 
 def _row(record: Record) -> list[str]:
-    return [record["name"], *(number(record.get(field)) for field, _ in TABLE)]
+    written = ((count if field in COUNTS else number)(record.get(field)) for field, _ in TABLE)
+    return [record["name"], *written]

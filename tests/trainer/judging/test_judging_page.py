@@ -236,3 +236,10 @@ def test_a_browser_opens_an_evaluation_without_complaint(evaluation: dict[str, A
     dom, complaints = open_page(path, tmp_path / "profile")
     assert complaints == []
     assert 'class="feature"' in dom
+
+
+@pytest.mark.services
+def test_a_page_that_asks_a_network_would_be_seen(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text('<!doctype html><title>x</title><img src="http://example.org/a.png">', encoding="utf-8")
+    assert open_page(path, tmp_path / "profile")[1] == ["http://example.org/a.png"]

@@ -17,7 +17,7 @@ from penstock.common.model.language_model import LanguageModel
 from penstock.trainer.judging import positions
 from penstock.trainer.judging import text as text_module
 from penstock.trainer.judging.dictionaries import Dictionary
-from penstock.trainer.judging.positions_figures import beyond
+from penstock.trainer.judging.positions_tables import beyond
 from penstock.trainer.judging.subject import Subject
 from penstock.trainer.judging.text import Text
 from penstock.trainer.kinds import StandardSettings
@@ -248,6 +248,6 @@ def test_an_explosion_beyond_the_trained_context_is_said(record: dict[str, Any])
     burst = json.loads(json.dumps(record))
     burst["dictionaries"][0]["metrics"]["kl"]["beyond_over_within"] = {"mean": 9.0, "error": 0.5}
     (said,) = beyond(burst)
-    assert "kl of sae" in said.note
+    assert "What explodes: KL of sae." in said.note
     # within what it was trained on, there is nothing to compare
     assert not list(beyond(record | {"trained_context": CONTEXT}))
