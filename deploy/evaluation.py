@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from penstock.store.corpus import Corpus
     from penstock.store.joined import JoinedDataset
     from penstock.trainer.config import RunConfig
-    from penstock.trainer.judging.live import LiveEvaluation
-    from penstock.trainer.judging.text import Text
+    from penstock.trainer.judging.splicing.live import LiveEvaluation
+    from penstock.trainer.judging.splicing.text import Text
     from penstock.trainer.sae import SAE
 
 LoadSAEs = Callable[[], "dict[str, SAE]"]
@@ -92,7 +92,7 @@ def live_evaluation(config: Config) -> "LiveEvaluation | None":
             "trainer.evaluate_every: toy data are made from no model that SAEs could be evaluated inside; "
             "leave it out"
         )
-    from penstock.trainer.judging.live import LiveEvaluation
+    from penstock.trainer.judging.splicing.live import LiveEvaluation
 
     loaded: list[LanguageModel] = []
     last: list[tuple[list[tuple[str, str]], Text]] = []

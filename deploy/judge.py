@@ -75,9 +75,9 @@ def judge(
     from penstock.common.model.files import find_model, load_tokenizer
     from penstock.common.model.language_model import LanguageModel
     from penstock.trainer.config import load_run_config, open_pinned
-    from penstock.trainer.judging.dictionaries import Dictionary
     from penstock.trainer.judging.experiments import Case, chosen
-    from penstock.trainer.judging.subject import Subject
+    from penstock.trainer.judging.splicing.dictionaries import Dictionary
+    from penstock.trainer.judging.splicing.subject import Subject
     from penstock.trainer.load import load_saes, split_run_url
     from penstock.trainer.summary import last_head
 

@@ -16,7 +16,7 @@ from penstock.store.manifest import Manifest
 if TYPE_CHECKING:
     from penstock.common.model.files import LoadedTokenizer
     from penstock.common.model.language_model import LanguageModel
-    from penstock.trainer.judging.text import Text
+    from penstock.trainer.judging.splicing.text import Text
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def judged_text(
         UserError: nothing is held out.
         ObjectMissing: there is no corpus.
     """
-    from penstock.trainer.judging.text import Text
+    from penstock.trainer.judging.splicing.text import Text
 
     corpus = open_corpus(config.corpus.url)
     wanted = settings.context or trained_context

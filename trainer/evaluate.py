@@ -15,10 +15,10 @@ from torch import Tensor
 from penstock.common.errors import UserError
 from penstock.common.model.language_model import LanguageModel
 from penstock.store.corpus import HELD_OUT, Corpus
-from penstock.trainer.judging.costs import measure
-from penstock.trainer.judging.dictionaries import Dictionary
-from penstock.trainer.judging.subject import Subject
-from penstock.trainer.judging.text import Text
+from penstock.trainer.judging.splicing.costs import measure
+from penstock.trainer.judging.splicing.dictionaries import Dictionary
+from penstock.trainer.judging.splicing.subject import Subject
+from penstock.trainer.judging.splicing.text import Text
 from penstock.trainer.row_figures import RowSums, Spread
 from penstock.trainer.sae import SAE
 

@@ -19,7 +19,7 @@ from penstock.trainer.supply import Supply
 from penstock.trainer.workplace import Workplace, forgiving
 
 if TYPE_CHECKING:
-    from penstock.trainer.judging.live import LiveEvaluation
+    from penstock.trainer.judging.splicing.live import LiveEvaluation
 
 RECONCILE_SECONDS = 15.0
 """The queue of runs is compared with the store this often."""

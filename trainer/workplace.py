@@ -23,7 +23,7 @@ from penstock.trainer.group import Group
 from penstock.trainer.loop import Loader
 
 if TYPE_CHECKING:
-    from penstock.trainer.judging.live import LiveEvaluation
+    from penstock.trainer.judging.splicing.live import LiveEvaluation
 
 _THREADS = torch.get_num_threads()
 """What torch chose for this machine, before any strict run."""

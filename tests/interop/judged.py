@@ -10,10 +10,10 @@ import torch
 from penstock.common.model.files import ModelSettings, find_model
 from penstock.common.model.language_model import LanguageModel
 from penstock.store.corpus import HELD_OUT, open_corpus
-from penstock.trainer.judging import positions
-from penstock.trainer.judging.dictionaries import Dictionary
-from penstock.trainer.judging.subject import Subject
-from penstock.trainer.judging.text import Text
+from penstock.trainer.judging.sequences import positions
+from penstock.trainer.judging.splicing.dictionaries import Dictionary
+from penstock.trainer.judging.splicing.subject import Subject
+from penstock.trainer.judging.splicing.text import Text
 from penstock.trainer.load import load_sae
 
 SEQUENCES = 6

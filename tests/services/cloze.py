@@ -1,6 +1,6 @@
 """A few prompts of different lengths for the shipped model."""
 
-from penstock.trainer.judging.cloze import Cloze, Item, Maker
+from penstock.trainer.judging.tasks.cloze import Cloze, Item, Maker
 from services.lm import shipped_tokenizer
 
 _NAMES = ("value", "path", "name", "index", "handler", "encoding", "data", "level", "mode", "parent")

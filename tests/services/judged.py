@@ -2,8 +2,8 @@
 
 import torch
 
-from penstock.trainer.judging.dictionaries import Constant, Dictionary, Identity
-from penstock.trainer.judging.text import Text
+from penstock.trainer.judging.splicing.dictionaries import Constant, Dictionary, Identity
+from penstock.trainer.judging.splicing.text import Text
 from penstock.trainer.kinds import TopKSettings, TranscoderSettings
 from penstock.trainer.sae import build
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from penstock.common.model.language_model import LanguageModel
-from penstock.trainer.judging.dictionaries import Dictionary
-from penstock.trainer.judging.text import Text
+from penstock.trainer.judging.splicing.dictionaries import Dictionary
+from penstock.trainer.judging.splicing.text import Text
 
 Hook = Callable[[Tensor], Tensor]
 Values = dict[str, dict[tuple[int, int], float]]

@@ -13,7 +13,7 @@ from penstock.store.heads import Head, chain, newest_head
 from penstock.store.joined import JoinedDataset
 from penstock.store.objects import ObjectStore
 from penstock.trainer.config import ResolvedSettings, RunConfig, submit_run
-from penstock.trainer.judging.live import LiveEvaluation
+from penstock.trainer.judging.splicing.live import LiveEvaluation
 from penstock.trainer.worker import work
 from penstock.trainer.workplace import Workplace
 from services.synthetic import MLP, RESID

@@ -12,22 +12,19 @@ from typing import Any
 from penstock.common.errors import UserError, nearest
 from penstock.common.model.files import LoadedTokenizer
 from penstock.store.joined import JoinedDataset
-from penstock.trainer.judging import (
-    ablation,
-    cloze_figures,
-    cloze_score,
-    contexts,
-    feature_scores,
+from penstock.trainer.judging.features import contexts
+from penstock.trainer.judging.sequences import (
     overview,
     positions,
     positions_figures,
     propagation,
     propagation_figures,
 )
-from penstock.trainer.judging.cloze import Cloze, load_cloze
 from penstock.trainer.judging.settings import JudgingSettings
 from penstock.trainer.judging.shown import Shown
-from penstock.trainer.judging.subject import Subject
+from penstock.trainer.judging.splicing.subject import Subject
+from penstock.trainer.judging.tasks import ablation, cloze_figures, cloze_score, feature_scores
+from penstock.trainer.judging.tasks.cloze import Cloze, load_cloze
 
 Record = dict[str, Any]
 Progress = Callable[[int, int], None]

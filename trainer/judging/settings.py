@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from penstock.common.settings import Settings
-from penstock.trainer.judging.task_settings import AblationSettings, ClozeSettings, FeatureScoreSettings
+from penstock.trainer.judging.tasks.task_settings import AblationSettings, ClozeSettings, FeatureScoreSettings
 
 
 class ContextSettings(Settings):

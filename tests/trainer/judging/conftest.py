@@ -3,7 +3,7 @@
 import pytest
 
 from penstock.common.model.language_model import LanguageModel
-from penstock.trainer.judging.text import Text
+from penstock.trainer.judging.splicing.text import Text
 from services.judged import random_text
 from services.lm import shipped_model
 

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from penstock.common.model.files import ModelSettings, find_model
 from penstock.common.model.language_model import LanguageModel
-from penstock.trainer.judging import ablation, cloze_score, feature_scores, positions, propagation
-from penstock.trainer.judging.cloze import Cloze, Item
-from penstock.trainer.judging.dictionaries import Dictionary
-from penstock.trainer.judging.subject import Subject
-from penstock.trainer.judging.task_settings import AblationSettings, FeatureScoreSettings
-from penstock.trainer.judging.text import Text
+from penstock.trainer.judging.tasks import ablation, cloze_score, feature_scores
+from penstock.trainer.judging.sequences import positions, propagation
+from penstock.trainer.judging.tasks.cloze import Cloze, Item
+from penstock.trainer.judging.splicing.dictionaries import Dictionary
+from penstock.trainer.judging.splicing.subject import Subject
+from penstock.trainer.judging.tasks.task_settings import AblationSettings, FeatureScoreSettings
+from penstock.trainer.judging.splicing.text import Text
 from penstock.trainer.kinds import TopKSettings
 from penstock.trainer.sae import build
 

@@ -11,7 +11,7 @@ import pytest
 from markupsafe import Markup
 
 from penstock.trainer.judging.experiments import EXPERIMENTS, Experiment, Measurement, chosen
-from penstock.trainer.judging.heat import feature_cards, visible
+from penstock.trainer.judging.features.heat import feature_cards, visible
 from penstock.trainer.judging.page import TABLE_ROWS, cell, csv_files, render_evaluation, shown_by
 from penstock.trainer.judging.shown import Shown
 from services.browser import open_page

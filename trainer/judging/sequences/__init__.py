@@ -1,0 +1,1 @@
+"""Experiments on sequences of text: overview, by position, error propagation."""

@@ -1,0 +1,1 @@
+"""Forward passes with dictionaries in place of activations, and what they cost in sums."""

@@ -1,0 +1,1 @@
+"""Experiments on prompts whose answer is known: cloze, scores of features, features taken out."""
