@@ -146,7 +146,7 @@ def test_it_leaves_a_page_a_record_and_every_figures_data(
         rows = list(csv.DictReader(file))
     assert [row["Dictionary"] for row in rows] == list(SAES)
     assert float(rows[0]["KL"]) == overview["dictionaries"]["resid-topk"]["kl"]
-    assert (out / "contexts-mlp-l1-histograms.csv").exists()
+    assert (out / "contexts_histograms-mlp-l1.csv").exists()
     assert [line.split(":")[0] for line in done.lines()[:2]] == list(SAES)
 
 

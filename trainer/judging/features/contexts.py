@@ -292,7 +292,7 @@ def _show(name: str, one: dict[str, Any]) -> list[Shown]:
             feature_cards(one),
         ),
         Shown(
-            f"contexts-{name}-features",
+            f"contexts_features-{name}",
             f"{name}: activity",
             "Share: of all rows. Mean: over rows on which a feature is active",
             ["Feature", "Band", "Rows", "Share", "Mean", "Largest", "Promotes", "Suppresses"],
@@ -300,7 +300,7 @@ def _show(name: str, one: dict[str, Any]) -> list[Shown]:
             folded=True,
         ),
         Shown(
-            f"contexts-{name}-histograms",
+            f"contexts_histograms-{name}",
             f"{name}: histograms",
             "Rows by activation, two bins to a doubling; those on which a feature is not active stand first",
             ["Feature", "From", "To", "Rows"],

@@ -11,7 +11,6 @@ from penstock.trainer.judging.drawing import Line, by_position, in_common, share
 from penstock.trainer.judging.sequences.positions_tables import (
     band,
     beyond,
-    controls,
     errors,
     mean_of,
     overall,
@@ -60,7 +59,7 @@ VIEWS = {
 
 
 def show(record: dict[str, Any]) -> list[Shown]:
-    """Figures overall, by position, within the trained context and beyond it; densities and controls."""
+    """Figures overall, by position, within the trained context and beyond it; densities."""
     return [
         overall(record),
         errors(record),
@@ -68,7 +67,6 @@ def show(record: dict[str, Any]) -> list[Shown]:
         *(shown for metric in METRICS for shown in _by_position(record, *metric)),
         _model_alone(record),
         *(_density(record, one) for one in record["dictionaries"] if _counted(one)),
-        controls(record),
     ]
 
 

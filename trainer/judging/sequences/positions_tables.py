@@ -135,28 +135,6 @@ def _compared(found: dict[str, Any], metric: str) -> list[object]:
     return [*means, mean, low, high, says]
 
 
-def controls(record: dict[str, Any]) -> Shown:
-    rows: list[list[object]] = [
-        [hook, control, metric, max((value for value in values if value is not None), default=None)]
-        for hook, controls in record["controls"].items()
-        for control in ("identity", "zero_against_ablation")
-        for metric, values in controls[control].items()
-    ]
-    note = (
-        "Largest size at any position of the first batch. An identity changes nothing; a dictionary of zeros "
-        "does what replacing the activations by zeros does: 0 but for rounding"
-    )
-    columns = ["hook point", "control", "metric", "largest difference"]
-    names = list(dict.fromkeys(str(row[2]) for row in rows))
-    sizes = {(row[0], row[1], row[2]): row[3] for row in rows}
-    lines: list[list[object]] = [
-        [hook, heading(control), *(sizes.get((hook, control, name)) for name in names)]
-        for hook, control in dict.fromkeys((str(row[0]), str(row[1])) for row in rows)
-    ]
-    table = Table(["hook point", "control", *names], lines)
-    return Shown("positions-controls", "Controls by position", note, columns, rows, table=table)
-
-
 def place(one: dict[str, Any]) -> str:
     """Where a dictionary stands, by its record."""
     return (

@@ -154,7 +154,7 @@ def test_features_can_be_asked_for(subject: Subject, data: JoinedDataset) -> Non
 
 def test_what_is_shown_holds_every_example(record: dict[str, Any]) -> None:
     shown = contexts.show({"sae": record})
-    assert [one.name for one in shown] == ["contexts-sae", "contexts-sae-features", "contexts-sae-histograms"]
+    assert [one.name for one in shown] == ["contexts-sae", "contexts_features-sae", "contexts_histograms-sae"]
     assert len(shown[0].rows) == sum(len(f["examples"]) for f in record["features"])
     for one in shown:
         assert all(len(row) == len(one.columns) for row in one.rows)
