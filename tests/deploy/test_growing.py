@@ -20,6 +20,8 @@ from penstock.store.retention import readers
 from services.command import penstock, small_config, write_config
 from services.trees import tree_digests
 
+pytestmark = pytest.mark.long
+
 
 def second_config(work: Path, first: Path, **changes: Any) -> dict[str, Any]:
     """The config of the later part; its run reads both."""

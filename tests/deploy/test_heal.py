@@ -77,6 +77,7 @@ def test_every_kind_of_object_is_among_them(work: Path, files: dict[Path, bytes]
         assert wanted in kinds, sorted(kinds)
 
 
+@pytest.mark.long
 def test_a_thousand_flipped_bits_are_found(work: Path, files: dict[Path, bytes]) -> None:
     draw = random.Random(0)
     by_kind: dict[str, list[Path]] = {}
@@ -125,6 +126,7 @@ def test_repair_brings_the_very_bytes_back(work: Path, files: dict[Path, bytes],
         assert {file: file.read_bytes() for file in files} == files
 
 
+@pytest.mark.long
 def test_the_commands_say_what_is_wrong_and_put_it_right(work: Path, files: dict[Path, bytes]) -> None:
     victim = next(f for f in files if f.match("acts/blocks.1.hook_resid_post/c/3/0"))
     flip(victim, random.Random(3))

@@ -61,6 +61,7 @@ def summary_of(workdir: Path) -> dict[str, dict[str, Any]]:
     return {f"{entry['name']}/{entry['seed']}": entry for entry in found}
 
 
+@pytest.mark.long
 def test_the_summary_tells_of_every_dictionary(swept: Path) -> None:
     found = summary_of(swept)
     assert len(found) == 12
@@ -73,6 +74,7 @@ def test_the_summary_tells_of_every_dictionary(swept: Path) -> None:
         assert entry["alpha"] == pytest.approx(named, rel=0.1)
 
 
+@pytest.mark.long
 def test_features_are_found_in_the_valley_and_not_beside_it(swept: Path) -> None:
     found = summary_of(swept)
     valley, beyond = found["relu-a0.3-r1/0"], found["relu-a10-r1/0"]
@@ -83,6 +85,7 @@ def test_features_are_found_in_the_valley_and_not_beside_it(swept: Path) -> None
     assert beyond["l0"] < valley["l0"]
 
 
+@pytest.mark.long
 def test_dictionaries_are_compared_with_each_other_across_runs(swept: Path) -> None:
     found = summary_of(swept)
     assert found["relu-a0.3-r1/0"]["mmcs_with_larger"] > 0.8
@@ -93,6 +96,7 @@ def test_dictionaries_are_compared_with_each_other_across_runs(swept: Path) -> N
     assert found["relu-a0.3-r1/0"]["convergence"] > 0.9
 
 
+@pytest.mark.long
 def test_the_page_and_its_data(swept: Path) -> None:
     html = (swept / "sweep.html").read_text()
     assert "16 known features" in html
@@ -104,6 +108,7 @@ def test_the_page_and_its_data(swept: Path) -> None:
     assert (swept / "sweep" / "densities.csv").is_file()
 
 
+@pytest.mark.long
 def test_again_only_the_report_is_made(swept: Path) -> None:
     before = (swept / "toy-summary.json").read_bytes(), (swept / "sweep.html").read_bytes()
     result = penstock("sweep", swept.parent / "config.yaml")
