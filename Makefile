@@ -44,7 +44,7 @@ layers: .venv/installed
 	$(BIN)/penstock sweep examples/layers.yaml --workdir $(or $(WORKDIR),layers)
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not services and not long"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not services and not long"
 
 # also for whatever else compares with these libraries
 .venv-interop/installed: tests/interop/requirements.txt
