@@ -208,7 +208,7 @@ def report(config: str, run_url: str, workdir: str | None, out: str) -> None:
     from penstock.deploy.processes import report as make_report
 
     def progress(done: int, total: int) -> None:
-        _tell(f"evaluated {done} of {total} held-out sequences")
+        _tell(f"evaluated: {done} of {total} passes over held-out sequences")
 
     summary = make_report(_load(config, workdir), run_url, Path(out), progress)
     for sae in summary["saes"]:
